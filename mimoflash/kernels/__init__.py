@@ -1,0 +1,1 @@
+"""What plain PyTorch is slow at, each with a reference in PyTorch beside it."""

@@ -1,0 +1,58 @@
+"""The experts of a mixture, each token through its own few: sorted by expert, multiplied in groups, sorted back."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """sum over k of weights[t, k] * SwiGLU expert indices[t, k] of x[t].
+
+    x (T, H), gate_up (E, 2 I, H) with the gate's rows first, down (E, H, I), indices (T, K) int64, weights (T, K)
+    -> (T, H).
+    """
+    rows = (x.shape[1], gate_up.shape[1], down.shape[2])
+    if x.dtype == torch.float64 or any(row * x.itemsize % 16 for row in rows):
+        return reference_experts(x, gate_up, down, indices, weights)  # what grouped_mm does not take
+    tokens, per_token = indices.shape
+    order = indices.flatten().argsort(stable=True)  # (T K,) places sorted by expert
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    ends = torch.bincount(indices.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+
+    x_S = _permute(x.repeat_interleave(per_token, dim=0), order, back)  # (T K, H)
+    gate, up = F.grouped_mm(x_S, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    # weighted here, where rows are narrower than after `down`
+    h = F.silu(gate) * up * _permute(weights.flatten(), order, back).to(x.dtype)[:, None]
+    y_S = F.grouped_mm(h, down.transpose(1, 2), offs=ends)
+    return _permute(y_S, back, order).view(tokens, per_token, -1).sum(1)
+
+
+def reference_experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The formula, expert by expert; shapes as in `experts`."""
+    out = torch.zeros_like(x)
+    for e in range(gate_up.shape[0]):
+        token, k = (indices == e).nonzero(as_tuple=True)
+        gate, up = F.linear(x[token], gate_up[e]).chunk(2, dim=-1)
+        y = F.linear(F.silu(gate) * up, down[e]) * weights[token, k, None].to(x.dtype)
+        out = out.index_add(0, token, y)
+    return out
+
+
+def _permute(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    return _Permute.apply(x, order, back)
+
+
+class _Permute(torch.autograd.Function):
+    """x[order], whose gradient is the inverse gather; autograd would accumulate row by row on one core."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return grad.index_select(0, back), None, None

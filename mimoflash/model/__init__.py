@@ -1,0 +1,5 @@
+"""The network: tensors in, tensors out."""
+
+from mimoflash.model.transformer import Transformer, TrunkOutput
+
+__all__ = ["Transformer", "TrunkOutput"]

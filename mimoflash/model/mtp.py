@@ -1,0 +1,36 @@
+"""A multi-token-prediction layer: drafts the token 2 + k places ahead from the trunk's hidden state."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from mimoflash.config import WINDOW, ModelConfig
+from mimoflash.model.attention import Attention, Cache, Rope
+from mimoflash.model.moe import DenseFFN
+
+
+class MTPLayer(nn.Module):
+    """Window attention and a dense FFN over the next token's embedding and the trunk's hidden state
+    (arXiv 2601.02780, section 2.3). All layers read the same hidden state: only the tokens chain."""
+
+    def __init__(self, config: ModelConfig, cache_layer: int):
+        super().__init__()
+        h, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = nn.RMSNorm(h, eps=eps)
+        self.hnorm = nn.RMSNorm(h, eps=eps)
+        self.eh_proj = nn.Linear(2 * h, h, bias=False)
+        self.input_layernorm = nn.RMSNorm(h, eps=eps)
+        self.self_attn = Attention(config, WINDOW, cache_layer)
+        self.pre_mlp_layernorm = nn.RMSNorm(h, eps=eps)
+        self.mlp = DenseFFN(config)
+        self.final_layernorm = nn.RMSNorm(h, eps=eps)
+
+    def forward(
+        self, hidden: Tensor, embedding: Tensor, positions: Tensor, rope: Rope, document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """hidden, embedding (B, L, H) -> (B, L, H), normed, ready for the shared head."""
+        x = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1))
+        x = x + self.self_attn(self.input_layernorm(x), positions, rope, document_ids, cache)
+        x = x + self.mlp(self.pre_mlp_layernorm(x))
+        return self.final_layernorm(x)
