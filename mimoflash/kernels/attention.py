@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # queries a block: scores of a block against 512 keys fill a core's L2 cache, not more (docs/log.md)
+HIDDEN = -1e30  # a score that no softmax notices; not -inf, so that a row of padding, which sees nothing, stays finite
 KEEP_SCORES = 4096  # keys up to which a block's probabilities are kept for the backward pass; beyond, recomputed
 
 
@@ -35,7 +36,7 @@ def attention(
     `window`: positions a query attends, its own included. `sink` (H,): a logit in the softmax's denominator only
     (arXiv 2601.02780, section 2.2). Without a cache Lq == Lk, and `document_ids` (B, L) keeps a query in its own
     document. With a cache `query_positions` (B, Lq) and `key_positions` (B, Lk) say who sees whom; a key position of
-    -1 is an empty place. Every query must see a key.
+    -1 is an empty place, and what a query at -1 (padding) gives has no meaning.
     """
     assert (query_positions is None) == (key_positions is None), "positions of queries and keys come together"
     if q.is_cuda:
@@ -131,7 +132,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Tensor) 
     places = 0 if sink is None else 8  # the sink is one more key: of value zero; eight, so that rows stay aligned
     if places:
         k, v = F.pad(k, (0, 0, 0, places)), F.pad(v, (0, 0, 0, places))
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, HIDDEN)
     return _Attend.apply(q * q.shape[-1] ** -0.5, k, v, sink, bias)
 
 
@@ -171,7 +172,7 @@ def _probabilities(q: Tensor, k: Tensor, sink: Tensor | None, bias: Tensor) -> T
     s_NKGLL[..., :keys] += bias[:, None, None]
     if sink is not None:
         s_NKGLL[..., keys] = sink.view(1, q.shape[1], q.shape[2], 1)
-        s_NKGLL[..., keys + 1 :] = float("-inf")
+        s_NKGLL[..., keys + 1 :] = HIDDEN
     return s.softmax(-1)
 
 

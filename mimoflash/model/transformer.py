@@ -3,6 +3,7 @@
 Module names are those of the published tensors, so that a state dict reads like the checkpoint.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -80,7 +81,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.initialise()
+        initialise(self, config.initializer_range)
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None = None, document_ids: Tensor | None = None,
@@ -146,14 +147,19 @@ class Transformer(nn.Module):
         return {kind: rope_angles(self.config.attention(kind), positions, dtype) for kind in (GLOBAL, WINDOW)}
 
     @torch.no_grad()
-    def initialise(self) -> None:
-        """Normal weights of the config's standard deviation; norms 1, correction biases and sinks 0."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding | Router):
-                module.weight.normal_(0.0, self.config.initializer_range)
-            elif isinstance(module, Experts):
-                module.gate_up_proj.normal_(0.0, self.config.initializer_range)
-                module.down_proj.normal_(0.0, self.config.initializer_range)
+    def set_mtp_layers(self, count: int) -> None:
+        """Keeps the first `count` MTP layers; where there are fewer, copies of the last one are added (the report
+        replicates the one of pre-training), or new ones if there is none."""
+        layers = self.model.mtp.layers
+        for k in range(len(layers), count):
+            layer = MTPLayer(self.config, self.config.layers + k)
+            if k:
+                layer.load_state_dict(layers[-1].state_dict())
+            else:
+                initialise(layer, self.config.initializer_range)
+            layers.append(layer.to(self.lm_head.weight))
+        del layers[count:]
+        self.config = dataclasses.replace(self.config, num_nextn_predict_layers=count)
 
     def _positions(self, tokens: Tensor, positions: Tensor | None, cache: Cache | None) -> Tensor:
         if positions is not None:
@@ -179,6 +185,17 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"routes is {tuple(routes.shape)}; (batch, length, MoE layers, experts per token) is {wanted}"
             )
+
+
+@torch.no_grad()
+def initialise(network: nn.Module, std: float) -> None:
+    """Normal weights of the standard deviation; norms 1, correction biases and sinks 0, as modules are made."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Embedding | Router):
+            module.weight.normal_(0.0, std)
+        elif isinstance(module, Experts):
+            module.gate_up_proj.normal_(0.0, std)
+            module.down_proj.normal_(0.0, std)
 
 
 def shift_left(x: Tensor, places: int) -> Tensor:

@@ -1,0 +1,96 @@
+"""Playing tasks of a domain with the engine, many at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mimoflash.engine import Engine, Output, SamplingParams
+from mimoflash.text import Tokenizer, parse_chat, render_chat
+from mimoflash.world import Domain, Environment, Message, Tool
+
+
+@dataclass
+class Rollout:
+    """One played task. `tokens` are the ids that the model saw and wrote, never tokenised again; `turns` holds the
+    places (start, end) in them of what it wrote."""
+
+    seed: int
+    messages: list[Message] = field(default_factory=list)
+    tools: list[Tool] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    turns: list[tuple[int, int]] = field(default_factory=list)
+    reward: float = 0.0
+    done: bool = False
+    info: dict[str, Any] = field(default_factory=dict)
+    text: str = ""  # what `tokens` renders, as the template gives it
+
+
+def play_tasks(
+    engine: Engine, tokenizer: Tokenizer, domain: Domain, seeds: Sequence[int], params: SamplingParams, *,
+    max_turns: int = 4, thinking: bool = True,
+) -> list[Rollout]:
+    """One rollout a seed, all of them side by side; a task ends by its environment, or after `max_turns`.
+
+    An exception in an environment costs its own rollout only: reward 0, and the error in `info`. Raises ValueError
+    where the chat template changes earlier turns, so that a rollout could not go on from its own tokens.
+    """
+    rollouts = [Rollout(seed) for seed in seeds]
+    environments = [domain.environment() for _ in seeds]
+    for rollout, environment in zip(rollouts, environments, strict=True):
+        _begin(rollout, environment, tokenizer, thinking)
+    for turn in range(max_turns):
+        going = [(r, e) for r, e in zip(rollouts, environments, strict=True) if not r.done]
+        if not going:
+            break
+        outputs = engine.generate([r.tokens for r, _ in going], [_params_of(params, r.seed, turn) for r, _ in going])
+        for (rollout, environment), output in zip(going, outputs, strict=True):
+            _advance(rollout, environment, output, tokenizer, thinking)
+    for environment in environments:
+        environment.close()
+    return rollouts
+
+
+def _params_of(params: SamplingParams, seed: int, turn: int) -> SamplingParams:
+    """Each rollout and turn draws for itself, and the same each time."""
+    return params if params.seed is None else replace(params, seed=hash((params.seed, seed, turn)))
+
+
+def _begin(rollout: Rollout, environment: Environment, tokenizer: Tokenizer, thinking: bool) -> None:
+    try:
+        messages, rollout.tools = environment.reset(rollout.seed)
+    except Exception as error:  # an environment is foreign code
+        _broken(rollout, error)
+        return
+    rollout.messages = list(messages)
+    rollout.text = render_chat(tokenizer, rollout.messages, rollout.tools, enable_thinking=thinking)
+    rollout.tokens = tokenizer.encode(rollout.text)
+
+
+def _advance(
+    rollout: Rollout, environment: Environment, output: Output, tokenizer: Tokenizer, thinking: bool
+) -> None:
+    rollout.turns.append((len(rollout.tokens), len(rollout.tokens) + len(output.tokens)))
+    rollout.tokens = rollout.tokens + output.tokens
+    message = parse_chat(tokenizer.decode(output.tokens, skip_special=True), rollout.tools, rollout.text)
+    rollout.messages.append(message)
+    try:
+        step = environment.step(message)
+    except Exception as error:
+        _broken(rollout, error)
+        return
+    rollout.reward += step.reward
+    rollout.info = dict(step.info)
+    rollout.done = step.done or output.finish_reason == "length"  # cut off: there is no end token to go on from
+    if rollout.done:
+        return
+    before = render_chat(tokenizer, rollout.messages, rollout.tools, generation_prompt=False, enable_thinking=thinking)
+    rollout.messages.extend(step.observation)
+    rollout.text = render_chat(tokenizer, rollout.messages, rollout.tools, enable_thinking=thinking)
+    if not rollout.text.startswith(before):
+        raise ValueError("the chat template changes earlier turns once messages follow: a rollout cannot go on from it")
+    rollout.tokens = rollout.tokens + tokenizer.encode(rollout.text[len(before) :])
+
+
+def _broken(rollout: Rollout, error: Exception) -> None:
+    rollout.reward, rollout.done = 0.0, True
+    rollout.info = {"error": f"{type(error).__name__}: {error}"}

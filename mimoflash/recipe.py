@@ -1,0 +1,115 @@
+"""A recipe: what a run makes, from a TOML file, checked before anything starts."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+
+from mimoflash.config import ModelConfig
+from mimoflash.data import DomainSource, FolderSource, StdlibSource
+from mimoflash.text import Tokenizer
+from mimoflash.train import StageSettings
+
+RECIPES = Path(__file__).parent / "recipes"
+
+_STRICT = ConfigDict(extra="forbid")
+for _settings in (StageSettings, FolderSource, StdlibSource, DomainSource):
+    with_config(_STRICT)(_settings)
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class TokenizerSettings(BaseModel):
+    """A BPE of `vocab_size` entries, trained on the first `documents` of each source."""
+
+    model_config = _STRICT
+    vocab_size: Positive
+    documents: Positive = 2000
+
+
+class EvaluateSettings(BaseModel):
+    """`tasks` held-out tasks of each domain, greedy, at most `max_tokens` a turn; `conversations` of each are shown."""
+
+    model_config = _STRICT
+    tasks: Positive = 100
+    max_tokens: Positive = 160
+    conversations: int = 2
+
+
+Source = Annotated[FolderSource | StdlibSource | DomainSource, Field(discriminator="kind")]
+
+
+class Recipe(BaseModel):
+    """What a run makes. `sources` by name; stages choose from them by their mixtures. `model` holds ModelConfig's
+    fields, without the vocabulary's size and special tokens, which the tokenizer brings."""
+
+    model_config = _STRICT
+    name: str
+    seed: int = 0
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    model: dict[str, Any]
+    tokenizer: TokenizerSettings
+    sources: dict[str, Source]
+    pretrain: StageSettings
+    sft: StageSettings
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    def domains(self) -> dict[str, DomainSource]:
+        """The domains among the sources, one source each (the first of several that share a domain)."""
+        found: dict[str, DomainSource] = {}
+        for source in self.sources.values():
+            if isinstance(source, DomainSource):
+                found.setdefault(source.domain, source)
+        return found
+
+
+def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe:
+    """Reads a recipe (a .toml file, or the name of one that the package has) with `key=value` changes, where a key is
+    dotted (`pretrain.tokens=1000`). Raises ValueError naming file and key."""
+    file = Path(path)
+    if not file.suffix and not file.exists():
+        file = RECIPES / f"{path}.toml"
+    try:
+        raw = tomllib.loads(file.read_text())
+    except OSError:
+        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
+        raise ValueError(f"{path}: no such recipe; give a .toml file or one of {known}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file}: not TOML: {error}") from None
+    for change in changes or []:
+        _set(raw, change)
+    for name, source in raw.get("sources", {}).items():
+        if isinstance(source, dict):
+            source["name"] = name
+    try:
+        return TypeAdapter(Recipe).validate_python(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{file}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+
+
+def _set(raw: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set {change!r}: key=value is expected, such as pretrain.tokens=1000")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise ValueError(f"--set {change!r}: {parent} is a value, not a table")
+    raw[last] = value
+
+
+def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ModelConfig:
+    """The recipe's model with the tokenizer's vocabulary (rounded up to a multiple of 64) and end tokens."""
+    special = {"eos_token_id": tokenizer.special.im_end, "pad_token_id": tokenizer.special.end_of_text}
+    fields = {"vocab_size": -(-tokenizer.vocab_size // 64) * 64, "num_nextn_predict_layers": recipe.pretrain.mtp_layers}
+    try:
+        return ModelConfig(**(recipe.model | special | fields))
+    except TypeError as error:
+        raise ValueError(f"model: {str(error).removeprefix('ModelConfig.__init__() ')}") from None

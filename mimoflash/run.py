@@ -1,0 +1,231 @@
+"""A recipe and its stages in order: tokenizer, pretrain, sft, evaluate. Each stage is done once and can be resumed."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimoflash.checkpoint import load_model, resolve, save_gguf, save_model
+from mimoflash.data import Prepared, prepare, read_documents
+from mimoflash.engine import Engine, SamplingParams
+from mimoflash.engine.speculation import replay_speculation
+from mimoflash.model import Transformer
+from mimoflash.posttrain import Rollout, play_tasks
+from mimoflash.recipe import Recipe, model_config
+from mimoflash.report import write_report
+from mimoflash.text import Tokenizer, load_tokenizer, render_chat, train_tokenizer
+from mimoflash.train import StageSettings, train_stage
+from mimoflash.train.monitor import matmul_peak
+from mimoflash.world import domain, seeds
+
+STAGES = ("tokenizer", "pretrain", "sft", "evaluate")
+
+@dataclass
+class Run:
+    """A run's folder: recipe.json, tokenizer/, data/, a folder for each stage with done.json, summary.json."""
+
+    recipe: Recipe
+    out: Path
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.out / "tokenizer")
+
+    def data(self) -> Prepared:
+        """The prepared shards: made on the first call, opened and verified on later ones."""
+        sources = list(self.recipe.sources.values())
+        workers = max(1, (os.cpu_count() or 1) // 4)  # each imports torch: on a few cores one is faster
+        return prepare(sources, self.tokenizer(), self.out / "data", held_out=self.recipe.held_out, workers=workers)
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage left in done.json; None if it has not finished."""
+        file = self.out / stage / "done.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def finish(self, stage: str, result: dict[str, Any]) -> None:
+        write_json(self.out / stage / "done.json", result)
+
+
+def run(
+    recipe: Recipe, out: str | Path, *, only: str | None = None, resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Runs the stages (or `only` one) into the folder `out` and writes summary.json and report.html there.
+
+    With `resume` finished stages are kept and a broken-off one goes on where it was. Raises ValueError if `out` holds
+    a run and `resume` is not given, or a run of another recipe, or if `only` needs a stage that has not been run.
+    """
+    if only is not None and only not in STAGES:
+        raise ValueError(f"there is no stage {only!r}; the stages are {', '.join(STAGES)}")
+    this = open_run(recipe, Path(out), resume or only is not None)
+    say(f"{recipe.name}: {matmul_peak() / 1e9:.0f} GFLOP/s in float32 matmul on {torch.get_num_threads()} threads")
+    stages = {"tokenizer": _tokenizer, "pretrain": _pretrain, "sft": _sft, "evaluate": _evaluate}
+    for stage in STAGES if only is None else (only,):
+        if this.result(stage) is not None and only is None:
+            say(f"{stage}: done before")
+            continue
+        begin = time.monotonic()
+        result = stages[stage](this, say)
+        this.finish(stage, {"seconds": time.monotonic() - begin} | result)
+        write_json(this.out / "summary.json", summary(this))
+        write_report(this.out)
+        say(f"{stage}: {time.monotonic() - begin:.0f} s")
+    return this.out
+
+
+def open_run(recipe: Recipe, out: Path, resume: bool) -> Run:
+    """The run in `out`, begun if there is none."""
+    described = json.loads(recipe.model_dump_json())
+    file = out / "recipe.json"
+    if file.exists():
+        if not resume:
+            raise ValueError(f"{out} holds a run: add --resume to go on with it, or give another --out")
+        stored = json.loads(file.read_text())
+        if stored != described:
+            changed = next(key for key in described if stored.get(key) != described[key])
+            raise ValueError(f"{out} holds a run of another recipe ({changed} differs): give another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no run: give another --out")
+    else:
+        write_json(file, described)
+    return Run(recipe, out)
+
+
+def open_model(name: str) -> tuple[Transformer, Tokenizer]:
+    """The model that `name` means, in the weights it is stored in, with its tokenizer: a model folder, a .gguf file, a
+    hub id, `smol`, or a run's folder. Raises ValueError where there is none."""
+    place = _newest_model(Path(name)) if (Path(name) / "recipe.json").exists() else resolve(name)
+    return load_model(place), load_tokenizer(place)
+
+
+def _newest_model(folder: Path) -> Path:
+    """The model of a run's last finished stage."""
+    for stage in ("sft", "pretrain"):
+        if (folder / stage / "done.json").exists():
+            return folder / stage / "model"
+    raise ValueError(f"{folder}: no stage of this run has finished a model yet")
+
+
+def convert(source: str, target: Path, *, format: str, dtype: str) -> None:
+    """Writes the model `source` (see `open_model`) as a published folder ("hf") or for llama.cpp ("gguf")."""
+    model, tokenizer = open_model(source)
+    if format == "hf":
+        save_model(model, target, dtype=dtype, tokenizer=tokenizer)
+    else:
+        save_gguf(model, target, dtype=dtype, tokenizer=tokenizer.gguf_fields())
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, file)
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
+    settings = this.recipe.tokenizer
+    texts = (
+        document.text or render_chat(None, document.messages or [], document.tools, generation_prompt=False)
+        for source in this.recipe.sources.values()
+        for document in islice(read_documents(source), settings.documents)
+    )
+    tokenizer = train_tokenizer(texts, settings.vocab_size)
+    tokenizer.save(this.out / "tokenizer")
+    data = this.data()
+    for name, counts in data.manifest["sources"].items():
+        say(f"  {name}: {len(data.train[name])} documents, {data.train[name].tokens.size:,} tokens {counts}")
+    return {"vocabulary": tokenizer.vocab_size, "sources": data.manifest["sources"]}
+
+
+def _pretrain(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
+    torch.manual_seed(this.recipe.seed)
+    model = Transformer(model_config(this.recipe, this.tokenizer()))
+    counted = model.config.count_parameters()
+    say(f"  {counted['total']:,} parameters, {counted['active']:,} active, {counted['mtp']:,} in MTP layers")
+    return _train(this, model, this.recipe.pretrain, "pretrain") | {"parameters": counted}
+
+
+def _sft(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
+    model = load_model(_model_of(this, "pretrain"), dtype="float32")
+    torch.manual_seed(this.recipe.seed)
+    model.set_mtp_layers(this.recipe.sft.mtp_layers)
+    return _train(this, model, this.recipe.sft, "sft") | {"parameters": model.config.count_parameters()}
+
+
+def _train(this: Run, model: Transformer, settings: StageSettings, stage: str) -> dict[str, Any]:
+    folder = this.out / stage
+    settings = replace(settings, seed=settings.seed + this.recipe.seed)
+    result = train_stage(model, this.data(), settings, folder, stage)
+    save_model(model, folder / "model", dtype="float32", tokenizer=this.tokenizer())
+    shutil.rmtree(folder / "states", ignore_errors=True)
+    training = asdict(result)
+    return {"expert_load": training.pop("expert_load"), "training": training}
+
+
+def _model_of(this: Run, stage: str) -> Path:
+    if this.result(stage) is None:
+        raise ValueError(f"{this.out} has no finished stage {stage}: run it first (--only {stage})")
+    return this.out / stage / "model"
+
+
+def _evaluate(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
+    settings, tokenizer = this.recipe.evaluate, this.tokenizer()
+    results: dict[str, dict[str, float]] = {}
+    conversations: list[dict[str, Any]] = []
+    gains: list[int] = []
+    for stage in ("pretrain", "sft"):
+        model = load_model(_model_of(this, stage), dtype="float32")
+        engine = Engine(model, tokenizer)
+        for name, source in this.recipe.domains().items():
+            tasks = domain(source.domain, **source.options)
+            chosen = list(islice(seeds(tasks, "held_out"), settings.tasks))
+            rollouts = play_tasks(engine, tokenizer, tasks, chosen, SamplingParams(max_tokens=settings.max_tokens))
+            rate = sum(r.reward >= 1.0 for r in rollouts) / len(rollouts)
+            results.setdefault(name, {"chance": tasks.chance})[stage] = rate
+            say(f"  {name}: {stage} {rate:.0%} of {len(rollouts)} held-out tasks (chance {tasks.chance:.1%})")
+            if stage == "sft":
+                conversations += [_shown(name, r) for r in rollouts[: settings.conversations]]
+                gains += [
+                    gain
+                    for rollout in rollouts
+                    for start, end in rollout.turns
+                    for gain in replay_speculation(model, rollout.tokens[:start], rollout.tokens[start:end])
+                ]
+    write_json(this.out / "evaluate" / "conversations.json", conversations)
+    drafted = {"accept_length": sum(gains) / len(gains)} if gains else {}
+    return {"domains": results, "tasks": settings.tasks} | drafted
+
+
+def _shown(name: str, rollout: Rollout) -> dict[str, Any]:
+    return {"domain": name, "messages": rollout.messages, "tools": rollout.tools, "reward": rollout.reward}
+
+
+def summary(this: Run) -> dict[str, Any]:
+    """summary.json: what is known of the run as far as it has gone."""
+    results = {stage: result for stage in STAGES if (result := this.result(stage)) is not None}
+    whole: dict[str, Any] = {
+        "name": this.recipe.name,
+        "seconds": {stage: round(result["seconds"], 1) for stage, result in results.items()},
+        "machine": {"matmul_gflops": round(matmul_peak() / 1e9, 1), "threads": torch.get_num_threads(),
+                    "torch": torch.__version__},
+    }  # fmt: skip
+    trained = {stage: result for stage, result in results.items() if "training" in result}
+    for stage, result in trained.items():
+        whole["parameters"] = result["parameters"]
+        whole.setdefault("tokens", {})[stage] = result["training"]["tokens"]
+        whole.setdefault("held_out", {})[stage] = result["training"]["held_out"]
+    if "evaluate" in results:
+        whole["domains"] = results["evaluate"]["domains"]
+        if "accept_length" in results["evaluate"]:
+            whole["accept_length"] = results["evaluate"]["accept_length"]
+    return whole

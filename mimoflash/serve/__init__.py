@@ -1,0 +1,1 @@
+"""Serving: a conversation in the terminal."""
