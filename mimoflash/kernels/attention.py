@@ -106,14 +106,10 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, sink: Tensor | None, d
     """All blocks at once, each with its own keys and the window - 1 before them: O(length x window)."""
     (batch, length, heads, _), kv_heads = q.shape, k.shape[2]
     block = min(BLOCK // 2, window)
-    blocks, before = -(-length // block), window - 1
+    blocks, before = -(-length // block), -(-(window - 1) // block) * block  # whole blocks; the mask knows the window
     tail = blocks * block - length
-
-    def with_past(x: Tensor) -> Tensor:  # (B, L, K, D) -> (B * blocks, K, before + block, D)
-        x = F.pad(x, (0, 0, 0, 0, before, tail)).unfold(1, before + block, block)  # (B, blocks, K, D, before + block)
-        return x.transpose(-1, -2).flatten(0, 1)
-
     q_NKGLD = F.pad(q, (0, 0, 0, 0, 0, tail)).view(batch * blocks, block, kv_heads, heads // kv_heads, -1)
+    k_NKLD, v_NKLD = (_WithPast.apply(x, block, before) for x in (k, v))
     i = torch.arange(block, device=q.device)[:, None] + before
     j = torch.arange(before + block, device=q.device)
     starts = torch.arange(blocks, device=q.device)[:, None, None] * block
@@ -123,8 +119,29 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, sink: Tensor | None, d
     else:
         ids = F.pad(document_ids, (before, tail), value=-2).unfold(1, before + block, block).flatten(0, 1)
         mask = mask.repeat(batch, 1, 1) & (ids[:, before:, None] == ids[:, None, :])
-    out = _attend(q_NKGLD.permute(0, 2, 3, 1, 4), with_past(k), with_past(v), sink, mask)
+    out = _attend(q_NKGLD.permute(0, 2, 3, 1, 4), k_NKLD, v_NKLD, sink, mask)
     return out.permute(0, 3, 1, 2, 4).reshape(batch, blocks * block, heads, -1)[:, :length]
+
+
+class _WithPast(torch.autograd.Function):
+    """(B, L, K, D) -> (B * blocks, K, before + block, D): each block of positions with those before it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: int, before: int) -> Tensor:
+        ctx.shape, ctx.block, ctx.before = x.shape, block, before
+        x = F.pad(x, (0, 0, 0, 0, before, -x.shape[1] % block)).unfold(1, before + block, block)
+        return x.transpose(-1, -2).flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (batch, length, kv_heads, width), block, before = ctx.shape, ctx.block, ctx.before
+        grad = grad.view(batch, -1, kv_heads, before + block, width).transpose(2, 3)
+        blocks = grad.shape[1]
+        total = grad.new_zeros(batch, blocks + before // block, block, kv_heads, width)
+        for i in range(before // block + 1):  # a block of keys is seen from itself and from the blocks after it
+            total[:, i : i + blocks] += grad[:, :, i * block : (i + 1) * block]
+        return total.flatten(1, 2)[:, before : before + length], None, None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Tensor) -> Tensor:
