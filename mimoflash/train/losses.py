@@ -7,10 +7,10 @@ and one division by the sum of weights gives the mean over all of them.
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mimoflash.data import Batch
+from mimoflash.kernels.cross_entropy import cross_entropy
 from mimoflash.model import Transformer, TrunkOutput
 
 
@@ -56,9 +56,7 @@ def weighted_cross_entropy(model: Transformer, normed: Tensor, batch: Batch, ahe
     weight_N = weight_BT[row, place]
     flat = row * normed.shape[1] + place
     chosen = normed if flat.numel() == normed.shape[0] * normed.shape[1] else normed.flatten(0, 1).index_select(0, flat)
-    losses_N = F.cross_entropy(
-        F.linear(chosen, model.lm_head.weight).float(), batch.tokens[:, ahead:][row, place], reduction="none"
-    )
+    losses_N = cross_entropy(model.lm_head(chosen), batch.tokens[:, ahead:][row, place])
     total = weight_N.sum()
     return (losses_N * weight_N).sum() / total, total.item()
 

@@ -1,5 +1,6 @@
 """One optimizer step, whatever the loss: pre-training, SFT and post-training all call `Trainer.step`."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -40,13 +41,12 @@ class Trainer:
         """
         metrics, weight, counts = self._accumulate(batches, loss_fn)
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_mul_(grads, 1.0 / weight)
+        norm = torch.nn.utils.get_total_norm(grads).item() / weight  # gradients are still sums over `weight` units
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm}")
+        metrics["grad_norm"] = norm
         metrics["num_zeros"] = float(sum(g.numel() - int(torch.count_nonzero(g)) for g in grads))
-        norm = torch.nn.utils.get_total_norm(grads)
-        metrics["grad_norm"] = norm.item()
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm.item()}")
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+        torch._foreach_mul_(grads, min(1.0, self.clip / (norm + 1e-6)) / weight)
         self._update(lr)
         self.expert_counts = counts
         if counts is not None:
