@@ -39,7 +39,7 @@ LOOK: dict[Any, Any] = {
     "axes.edgecolor": LINE, "grid.color": LINE, "grid.linewidth": 0.6, "axes.grid.axis": "y", "axes.axisbelow": True,
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
     "xtick.major.size": 0, "ytick.major.size": 0, "figure.facecolor": "none", "axes.facecolor": "none",
-}  # fmt: skip
+}
 WIDTH = 4.4  # inches: a phone's width, or half of a desktop page, at the same size of type
 
 

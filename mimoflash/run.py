@@ -22,10 +22,11 @@ from mimoflash.recipe import Recipe, model_config
 from mimoflash.report import write_report
 from mimoflash.text import Tokenizer, load_tokenizer, render_chat, train_tokenizer
 from mimoflash.train import StageSettings, train_stage
-from mimoflash.train.monitor import matmul_peak
+from mimoflash.train.monitor import fastest_dtype, matmul_peak
 from mimoflash.world import domain, seeds
 
 STAGES = ("tokenizer", "pretrain", "sft", "evaluate")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass
 class Run:
@@ -98,10 +99,17 @@ def open_run(recipe: Recipe, out: Path, resume: bool) -> Run:
 
 
 def open_model(name: str) -> tuple[Transformer, Tokenizer]:
-    """The model that `name` means, in the weights it is stored in, with its tokenizer: a model folder, a .gguf file, a
-    hub id, `smol`, or a run's folder. Raises ValueError where there is none."""
-    place = _newest_model(Path(name)) if (Path(name) / "recipe.json").exists() else resolve(name)
-    return load_model(place), load_tokenizer(place)
+    """The model that `name` means (see `find_model`) with its tokenizer, ready to run: in the weights it is stored in,
+    or in float32 where the machine is slow at bfloat16."""
+    place = find_model(name)
+    dtype = "float32" if fastest_dtype(DEVICE) == torch.float32 else None
+    return load_model(place, dtype=dtype, device=DEVICE), load_tokenizer(place)
+
+
+def find_model(name: str) -> Path:
+    """The model folder or .gguf file that `name` means: itself, that of a run's folder, a hub id's, or `smol`. Raises
+    ValueError where there is none."""
+    return _newest_model(Path(name)) if (Path(name) / "recipe.json").exists() else resolve(name)
 
 
 def _newest_model(folder: Path) -> Path:
@@ -113,8 +121,9 @@ def _newest_model(folder: Path) -> Path:
 
 
 def convert(source: str, target: Path, *, format: str, dtype: str) -> None:
-    """Writes the model `source` (see `open_model`) as a published folder ("hf") or for llama.cpp ("gguf")."""
-    model, tokenizer = open_model(source)
+    """Writes the model `source` (see `find_model`) as a published folder ("hf") or for llama.cpp ("gguf")."""
+    place = find_model(source)
+    model, tokenizer = load_model(place), load_tokenizer(place)
     if format == "hf":
         save_model(model, target, dtype=dtype, tokenizer=tokenizer)
     else:
@@ -149,14 +158,14 @@ def _tokenizer(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
 
 def _pretrain(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
     torch.manual_seed(this.recipe.seed)
-    model = Transformer(model_config(this.recipe, this.tokenizer()))
+    model = Transformer(model_config(this.recipe, this.tokenizer())).to(DEVICE)
     counted = model.config.count_parameters()
     say(f"  {counted['total']:,} parameters, {counted['active']:,} active, {counted['mtp']:,} in MTP layers")
     return _train(this, model, this.recipe.pretrain, "pretrain") | {"parameters": counted}
 
 
 def _sft(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
-    model = load_model(_model_of(this, "pretrain"), dtype="float32")
+    model = load_model(_model_of(this, "pretrain"), dtype="float32", device=DEVICE)
     torch.manual_seed(this.recipe.seed)
     model.set_mtp_layers(this.recipe.sft.mtp_layers)
     return _train(this, model, this.recipe.sft, "sft") | {"parameters": model.config.count_parameters()}
@@ -184,7 +193,7 @@ def _evaluate(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
     conversations: list[dict[str, Any]] = []
     gains: list[int] = []
     for stage in ("pretrain", "sft"):
-        model = load_model(_model_of(this, stage), dtype="float32")
+        model = load_model(_model_of(this, stage), dtype="float32", device=DEVICE)
         engine = Engine(model, tokenizer)
         for name, source in this.recipe.domains().items():
             tasks = domain(source.domain, **source.options)
@@ -218,7 +227,7 @@ def summary(this: Run) -> dict[str, Any]:
         "seconds": {stage: round(result["seconds"], 1) for stage, result in results.items()},
         "machine": {"matmul_gflops": round(matmul_peak() / 1e9, 1), "threads": torch.get_num_threads(),
                     "torch": torch.__version__},
-    }  # fmt: skip
+    }
     trained = {stage: result for stage, result in results.items() if "training" in result}
     for stage, result in trained.items():
         whole["parameters"] = result["parameters"]

@@ -17,7 +17,7 @@ def mimoflash(*arguments, text="", cwd=None):
     done = subprocess.run(
         [sys.executable, "-m", "mimoflash.cli", *arguments], input=text, capture_output=True, text=True, cwd=cwd,
         env=os.environ | {"COLUMNS": "120"},
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout, done.stderr
 
 

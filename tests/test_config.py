@@ -18,7 +18,7 @@ HUB = {  # as XiaomiMiMo/MiMo-V2-Flash spells it, four layers of it
     "moe_intermediate_size": 32, "norm_topk_prob": True, "n_group": 1, "topk_group": 1, "scoring_func": "sigmoid",
     "topk_method": "noaux_tc", "routed_scaling_factor": None, "n_shared_experts": None, "hidden_act": "silu",
     "attention_bias": False, "tie_word_embeddings": False, "max_position_embeddings": 262144,
-}  # fmt: skip
+}
 NATIVE = {  # as transformers 5 spells it
     "model_type": "mimo_v2_flash", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96,
     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 24, "v_head_dim": 16,
@@ -30,7 +30,7 @@ NATIVE = {  # as transformers 5 spells it
     "sliding_window": 129, "attention_value_scale": 0.707, "rms_norm_eps": 1e-5, "n_routed_experts": 8,
     "num_experts_per_tok": 2, "moe_intermediate_size": 32, "routed_scaling_factor": 1.0,
     "max_position_embeddings": 262144,
-}  # fmt: skip
+}
 
 
 def test_both_spellings_say_the_same():
@@ -141,7 +141,7 @@ def test_llama_is_a_point_of_the_same_space():
         "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e5,
         "tie_word_embeddings": True, "hidden_act": "silu", "mlp_bias": False, "attention_bias": False,
-    }  # fmt: skip
+    }
     config = ModelConfig.from_dict(raw)
     assert config.layer_types == (GLOBAL, GLOBAL)
     assert config.moe_layers == ()

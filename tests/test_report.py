@@ -89,7 +89,7 @@ def training(loss: float, layers: int) -> dict[str, Any]:
             name: {"loss": loss + more} | {f"mtp_agreement_{k}": 0.8 - k / 7 - more / 9 for k in range(1, layers + 1)}
             for name, more in sources.items()
         },
-    }  # fmt: skip
+    }
 
 
 def conversations() -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def conversations() -> list[dict[str, Any]]:
             {"role": "assistant", "content": "", "reasoning_content": "Look it up.", "tool_calls": [call]},
             {"role": "tool", "content": '{"depth": 898}', "tool_call_id": "call_1"},
             {"role": "assistant", "content": "The depth of the lake is 898.", "reasoning_content": "It is 898."}]},
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def write_run(folder: Path) -> Path:
         "machine": {"matmul_gflops": 123.4, "threads": 2, "torch": "2.13.0"},
         "parameters": {"total": 3_412_345, "active": 1_204_567, "mtp": 401_234},
         "tokens": {"pretrain": 3_686_400, "sft": 614_400}, "domains": domains, "accept_length": 2.71,
-    })  # fmt: skip
+    })
     return folder
 
 
@@ -158,7 +158,7 @@ def test_a_whole_run_is_shown_and_the_page_stands_alone(report: Path) -> None:
         "Tasks solved", "93%", "20%", "Loss, pretrain", "Loss, sft", "MTP layer 3", "Held-out loss by source", "python",
         "Expert imbalance", "Gradient norm", "Zeros in the gradient", "Conversations", "✓ passed", "✗ not passed",
         "1 tool offered", 'read_depth {"unit": "custom"}', "The depth of the lake is 898.",
-    ):  # fmt: skip
+    ):
         assert expected in page.text, expected
     assert "script" not in page.tags
     assert all(reference.startswith("#") for reference in page.references)

@@ -50,7 +50,7 @@ def bench_training(
         "ratio": statistics.median(ratios) if ratios else None,
         "spread": [min(ratios), max(ratios)] if ratios else None, "unit": "tokens/s", "shape": shape,
         "dtype": "float32", "streams": batch, "context": length, "mfu": statistics.median(mfus), "machine": machine(),
-    }  # fmt: skip
+    }
     say(f"median: {result['ours']:,.0f} tok/s, {result['mfu']:.0%} of the matmul peak" + (
         f", {result['ratio']:.2f} x {peer} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
     ))
@@ -62,7 +62,7 @@ def bench_training(
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}  # fmt: skip
+            "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
 
 
 def _shape_file(shape: str) -> Path:

@@ -38,6 +38,12 @@ class Batch:
     positions: Tensor
     loss_weight: Tensor
 
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def rows(self, start: int, end: int) -> "Batch":
+        return Batch(*(tensor[start:end] for tensor in vars(self).values()))
+
 
 class Mixture:
     """Which source sample i comes from, and the how-manieth of that source it is.

@@ -14,7 +14,7 @@ def replay_speculation(model: Transformer, prompt: Sequence[int], generated: Seq
     `generated` is the model's own greedy continuation of `prompt`. A draft counts if it is the token that came and all
     drafts before it did: then the layer has seen the real tokens, so one pass over the whole text shows them all.
     """
-    tokens = torch.tensor([[*prompt, *generated]])
+    tokens = torch.tensor([[*prompt, *generated]], device=model.lm_head.weight.device)
     drafts = [logits[0].argmax(-1).tolist() for logits in model.mtp_logits(tokens)]
     text, gains = tokens[0].tolist(), []
     place = len(prompt) - 1  # the trunk has run here and named the token at place + 1

@@ -42,7 +42,7 @@ def render_chat(
     marked = _render(
         tokenizer_or_template, messages, tools, generation_prompt=generation_prompt,
         enable_thinking=enable_thinking, keep_all_reasoning=keep_all_reasoning,
-    )  # fmt: skip
+    )
     return "".join(text for text, _ in _spans(marked))
 
 

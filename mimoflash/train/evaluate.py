@@ -24,7 +24,7 @@ def held_out_losses(
         total = 0.0
         for start in range(0, count, rows_at_once):
             batch = loader.batch(start, min(rows_at_once, count - start))
-            metrics, weight = _measure(model, batch)
+            metrics, weight = _measure(model, batch.to(model.lm_head.weight.device))
             total += weight
             for key, value in metrics.items():
                 sums[key] = sums.get(key, 0.0) + value * weight

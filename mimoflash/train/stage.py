@@ -114,11 +114,12 @@ def train_stage(model: Transformer, data: Prepared, settings: StageSettings, fol
         data.train, settings.mixture, settings.sequence_length, seed=settings.seed, prompt_weight=settings.prompt_weight
     )
     states = folder / "states"
-    resumed = load_training_state(states)
+    resumed = load_training_state(states, model.lm_head.weight.device)
     done, state = (0, None) if resumed is None else resumed
     if done >= len(plan):
         raise ValueError(f"{states} is at step {done} but the stage has {len(plan)} steps: give another folder")
-    dtype = PRECISIONS[settings.precision] or fastest_dtype()
+    device = model.lm_head.weight.device
+    dtype = PRECISIONS[settings.precision] or fastest_dtype(device.type)
     if state is not None:
         dtype = getattr(torch, state["dtype"])  # a machine may decide otherwise; a run must not change midway
     trainer = Trainer(
@@ -140,13 +141,13 @@ def train_stage(model: Transformer, data: Prepared, settings: StageSettings, fol
             states, step, {"trainer": trainer.state(), "seconds": elapsed, "dtype": str(dtype).removeprefix("torch.")}
         )
 
-    load = torch.zeros(len(model.config.moe_layers), model.config.n_routed_experts)
+    load = torch.zeros(len(model.config.moe_layers), model.config.n_routed_experts, device=device)
     with Monitor(folder, name, plan[-1].tokens, first_step=done, tokens=first_tokens) as monitor:
         batches = loader.batches(plan[done].first_sample, [step.rows for step in plan[done:]])
         for number, (step, batch) in enumerate(zip(plan[done:], batches, strict=True), done + 1):
             begin = time.perf_counter()
             try:
-                metrics = trainer.step(list(split(batch, settings.micro_batch)), loss_fn, step.lr)
+                metrics = trainer.step(list(split(batch, settings.micro_batch, device)), loss_fn, step.lr)
             except FloatingPointError as error:
                 raise ValueError(
                     f"{name} step {number}: {error}; lower peak_lr or clip. The last good checkpoint stands in {states}"
@@ -163,11 +164,10 @@ def train_stage(model: Transformer, data: Prepared, settings: StageSettings, fol
     return StageResult(len(plan), plan[-1].tokens, elapsed, metrics["loss"], load.tolist(), held_out)
 
 
-def split(batch: Batch, rows: int) -> Iterator[Batch]:
-    """Micro-batches of at most `rows` rows."""
+def split(batch: Batch, rows: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+    """Micro-batches of at most `rows` rows, on the device."""
     for start in range(0, batch.tokens.shape[0], rows):
-        part = slice(start, start + rows)
-        yield Batch(batch.tokens[part], batch.document_ids[part], batch.positions[part], batch.loss_weight[part])
+        yield batch.rows(start, start + rows).to(device)
 
 
 class _Speed:
@@ -176,7 +176,7 @@ class _Speed:
     def __init__(self, model: Transformer, length: int, dtype: torch.dtype):
         layers = len(model.model.mtp.layers)
         self.flops = 3 * model.config.flops_per_token(length, mtp_layers=layers)
-        self.peak = matmul_peak(dtype)
+        self.peak = matmul_peak(dtype, model.lm_head.weight.device.type)
 
     def __call__(self, tokens: int, seconds: float) -> dict[str, float]:
         rate = tokens / seconds

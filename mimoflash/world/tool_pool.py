@@ -14,11 +14,11 @@ VERBS = ("get", "find", "check", "read")
 THINGS = (
     "ticket", "room", "house", "car", "boat", "train", "river", "road", "tower", "garden",
     "shop", "phone", "battery", "engine", "ship", "bridge", "field", "forest", "lake", "tank",
-)  # fmt: skip
+)
 QUANTITIES = (
     "price", "weight", "height", "length", "depth", "speed", "age", "score", "stock", "delay",
     "load", "rating", "tax", "discount", "distance", "pressure", "capacity", "width", "level", "demand",
-)  # fmt: skip
+)
 
 # A parameter's name and how a request says its value.
 PARAMETERS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -100,7 +100,7 @@ def test_sampling_follows_temperature_and_nucleus():
     tokens, _, logp = sample(
         logits.expand(count, 4), torch.full((count,), temperature), torch.full((count,), top_p),
         torch.rand(count, generator=generator),
-    )  # fmt: skip
+    )
     p = (logits.double() / temperature).softmax(-1)
     kept = [i for i in range(4) if p[:i].sum() < top_p]
     want = torch.tensor([p[i] if i in kept else 0.0 for i in range(4)])

@@ -89,14 +89,14 @@ def test_cached_keys_in_any_order_with_empty_places(case, empty):
     out = attention(
         q[:, -new:], keys, values, window=case["window"], sink=sink,
         query_positions=torch.arange(length - new, length).expand(batch, -1), key_positions=positions,
-    )  # fmt: skip
+    )
     want = reference_attention(q, k, v, sink, full_mask(length, case["window"], None, batch))[:, -new:]
     assert_close(out, want)
 
 
 def test_long_global_attention_recomputes_its_scores_in_the_backward_pass(monkeypatch):
     case = {"batch": 1, "length": 100, "kv_heads": 1, "heads": 2, "widths": (8, 8), "sink": True, "documents": None,
-            "seed": 0}  # fmt: skip
+            "seed": 0}
     q, k, v, sink, _ = tensors(case)
     kept = torch.autograd.grad(attention(q, k, v, sink=sink).square().sum(), (q, k, v, sink))
     monkeypatch.setattr(kernel, "KEEP_SCORES", 0)

@@ -9,7 +9,7 @@ from mimoflash.kernels.experts import experts, reference_experts
 @given(
     st.integers(1, 40), st.integers(1, 6), st.integers(1, 3), st.sampled_from([(8, 4), (16, 12), (7, 5)]),
     st.integers(0, 99),
-)  # fmt: skip
+)
 def test_grouped_experts_are_the_formula(tokens, count, per_token, widths, seed):
     g = torch.Generator().manual_seed(seed)
     hidden, inner = widths

@@ -54,11 +54,11 @@ def configs(draw, like_transformers=True):
         "moe_intermediate_size": draw(st.sampled_from([4, 8, 16])), "norm_topk_prob": draw(st.booleans()),
         "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
         "attention_value_scale": draw(st.sampled_from([1.0, 0.707])), "initializer_range": 0.2,
-    }  # fmt: skip
+    }
     if not like_transformers:
         changes |= {"swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 12, "swa_v_head_dim": 4,
                     "global_sink": draw(st.booleans()), "swa_sink": draw(st.booleans()),
-                    "num_nextn_predict_layers": draw(st.integers(0, 3))}  # fmt: skip
+                    "num_nextn_predict_layers": draw(st.integers(0, 3))}
     return ModelConfig.tiny(**changes)
 
 
@@ -197,7 +197,7 @@ def test_llama_shapes_equal_transformers():
     config = transformers.LlamaConfig(
         vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1e5,
-    )  # fmt: skip
+    )
     theirs = transformers.LlamaForCausalLM(config).eval()
     model = Transformer(ModelConfig.from_dict(config.to_dict()))
     model.load_state_dict(theirs.state_dict())

@@ -86,7 +86,7 @@ def test_only_the_last_number_counts_and_it_has_to_be_right(seed, off):
         ("3.50", "3.5"), ("3.", "3"), ("-0", "0"), ("-0.50", "-0.5"),
         ("none", None), ("", None), ("٣", None), ("1e5", "5"),
     ],
-)  # fmt: skip
+)
 def test_last_number(text, number):
     assert last_number(text) == number
 

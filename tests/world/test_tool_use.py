@@ -135,7 +135,7 @@ def test_a_second_call_is_no_answer():
         ([1, "a"], [1, "a"], True), ([1], [1, 1], False), ([True], [1], False), ({"a": [1]}, {"a": [1]}, True),
         ({"a": 1}, {"b": 1}, False), (None, None, True), ({}, [], False),
     ],
-)  # fmt: skip
+)
 def test_values_are_compared_with_their_types(given, wanted, same):
     assert same_value(given, wanted) is same
 
