@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # queries a block: scores of a block against 512 keys fill a core's L2 cache, not more (docs/log.md)
 HIDDEN = -1e30  # a score that no softmax notices; not -inf, so that a row of padding, which sees nothing, stays finite
+SINK_PLACES = 8  # a sink is one more key, of value zero: the first; eight, so that rows stay aligned
 KEEP_SCORES = 4096  # keys up to which a block's probabilities are kept for the backward pass; beyond, recomputed
 
 
@@ -88,8 +89,9 @@ def _visible(
 def _blocked(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, visible: Visible, causal: bool) -> Tensor:
     """Blocks of queries one after the other; `causal`: query i needs keys up to i only."""
     batch, length, kv_heads = *q.shape[:2], k.shape[2]
+    places = 0 if sink is None else SINK_PLACES
     q_BKGLD = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-    k_BKLD, v_BKLD = k.transpose(1, 2), v.transpose(1, 2)
+    k_BKLD, v_BKLD = (F.pad(x.transpose(1, 2), (0, 0, places, 0)) for x in (k, v))
     rows = torch.arange(batch, device=q.device)[:, None, None]
     blocks = []
     for start in range(0, length, BLOCK):
@@ -98,7 +100,8 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, visible: Visi
         i = torch.arange(start, end, device=q.device)[None, :, None]
         j = torch.arange(keys, device=q.device)[None, None]
         mask = visible(rows, i, j)
-        blocks.append(_attend(q_BKGLD[:, :, :, start:end], k_BKLD[:, :, :keys], v_BKLD[:, :, :keys], sink, mask))
+        seen = slice(places + keys)
+        blocks.append(_attend(q_BKGLD[:, :, :, start:end], k_BKLD[:, :, seen], v_BKLD[:, :, seen], sink, mask))
     return torch.cat(blocks, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
@@ -109,7 +112,8 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, sink: Tensor | None, d
     blocks, before = -(-length // block), -(-(window - 1) // block) * block  # whole blocks; the mask knows the window
     tail = blocks * block - length
     q_NKGLD = F.pad(q, (0, 0, 0, 0, 0, tail)).view(batch * blocks, block, kv_heads, heads // kv_heads, -1)
-    k_NKLD, v_NKLD = (_WithPast.apply(x, block, before) for x in (k, v))
+    places = 0 if sink is None else SINK_PLACES
+    k_NKLD, v_NKLD = (_WithPast.apply(x, block, before, places) for x in (k, v))
     i = torch.arange(block, device=q.device)[:, None] + before
     j = torch.arange(before + block, device=q.device)
     starts = torch.arange(blocks, device=q.device)[:, None, None] * block
@@ -124,31 +128,33 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, sink: Tensor | None, d
 
 
 class _WithPast(torch.autograd.Function):
-    """(B, L, K, D) -> (B * blocks, K, before + block, D): each block of positions with those before it."""
+    """(B, L, K, D) -> (B * blocks, K, places + before + block, D): each block of positions with those before it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: int, before: int) -> Tensor:
-        ctx.shape, ctx.block, ctx.before = x.shape, block, before
+    def forward(ctx: Any, x: Tensor, block: int, before: int, places: int) -> Tensor:
+        ctx.shape, ctx.block, ctx.before, ctx.places = x.shape, block, before, places
         x = F.pad(x, (0, 0, 0, 0, before, -x.shape[1] % block)).unfold(1, before + block, block)
-        return x.transpose(-1, -2).flatten(0, 1)
+        batch, blocks, kv_heads, width, keys = x.shape
+        out = x.new_empty(batch, blocks, kv_heads, places + keys, width)
+        out[..., :places, :] = 0
+        out[..., places:, :] = x.transpose(-1, -2)
+        return out.flatten(0, 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (batch, length, kv_heads, width), block, before = ctx.shape, ctx.block, ctx.before
-        grad = grad.view(batch, -1, kv_heads, before + block, width).transpose(2, 3)
+        grad = grad[:, :, ctx.places :].unflatten(0, (batch, -1)).transpose(2, 3)
         blocks = grad.shape[1]
         total = grad.new_zeros(batch, blocks + before // block, block, kv_heads, width)
         for i in range(before // block + 1):  # a block of keys is seen from itself and from the blocks after it
             total[:, i : i + blocks] += grad[:, :, i * block : (i + 1) * block]
-        return total.flatten(1, 2)[:, before : before + length], None, None
+        return total.flatten(1, 2)[:, before : before + length], None, None, None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Tensor) -> Tensor:
-    """q (N, K, G, Lq, D), k (N, K, Lk, D), v (N, K, Lk, Dv), mask (N or 1, Lq, Lk) -> (N, K, G, Lq, Dv)."""
-    places = 0 if sink is None else 8  # the sink is one more key: of value zero; eight, so that rows stay aligned
-    if places:
-        k, v = F.pad(k, (0, 0, 0, places)), F.pad(v, (0, 0, 0, places))
+    """q (N, K, G, Lq, D), k (N, K, places + Lk, D), v (N, K, places + Lk, Dv), mask (N or 1, Lq, Lk)
+    -> (N, K, G, Lq, Dv). The first SINK_PLACES keys and values are zeros where there is a sink."""
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, HIDDEN)
     return _Attend.apply(q * q.shape[-1] ** -0.5, k, v, sink, bias)
 
@@ -159,7 +165,6 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, bias: Tensor) -> Tensor:
         p = _probabilities(q, k, sink, bias)
-        ctx.has_sink, ctx.keys = sink is not None, bias.shape[-1]
         kept = p if k.shape[2] <= KEEP_SCORES else None
         ctx.save_for_backward(q, k, v, sink, bias, kept)
         return torch.bmm(p, v.flatten(0, 1)).view(*q.shape[:-1], v.shape[-1])
@@ -177,19 +182,19 @@ class _Attend(torch.autograd.Function):
         d_k = torch.bmm(d_s.transpose(1, 2), q.flatten(2, 3).flatten(0, 1)).view(k.shape)
         d_sink = None
         if sink is not None:
-            d_sink = d_s.view(*q.shape[:4], -1)[..., ctx.keys].sum((0, 3)).view(sink.shape).to(sink.dtype)
+            d_sink = d_s.view(*q.shape[:4], -1)[..., 0].sum((0, 3)).view(sink.shape).to(sink.dtype)
         return d_q, d_k, d_v.view(v.shape), d_sink, None
 
 
 def _probabilities(q: Tensor, k: Tensor, sink: Tensor | None, bias: Tensor) -> Tensor:
-    """(N * K, G * Lq, Lk + places) with q (N, K, G, Lq, D), k (N, K, Lk + places, D), bias (N or 1, Lq, Lk)."""
+    """(N * K, G * Lq, places + Lk) with q (N, K, G, Lq, D), k (N, K, places + Lk, D), bias (N or 1, Lq, Lk)."""
     s = torch.bmm(q.flatten(2, 3).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     s_NKGLL = s.view(*q.shape[:4], k.shape[2])
-    keys = bias.shape[-1]
-    s_NKGLL[..., :keys] += bias[:, None, None]
+    places = k.shape[2] - bias.shape[-1]
+    s_NKGLL[..., places:] += bias[:, None, None]
     if sink is not None:
-        s_NKGLL[..., keys] = sink.view(1, q.shape[1], q.shape[2], 1)
-        s_NKGLL[..., keys + 1 :] = HIDDEN
+        s_NKGLL[..., 0] = sink.view(1, q.shape[1], q.shape[2], 1)
+        s_NKGLL[..., 1:places] = HIDDEN
     return s.softmax(-1)
 
 

@@ -21,7 +21,7 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: 
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     ends = torch.bincount(indices.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
 
-    x_S = _permute(x.repeat_interleave(per_token, dim=0), order, back)  # (T K, H)
+    x_S = _Dispatch.apply(x, order, back, per_token)  # (T K, H)
     gate, up = F.grouped_mm(x_S, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
     # weighted here, where rows are narrower than after `down`
     h = F.silu(gate) * up * _permute(weights.flatten(), order, back).to(x.dtype)[:, None]
@@ -38,6 +38,21 @@ def reference_experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor,
         y = F.linear(F.silu(gate) * up, down[e]) * weights[token, k, None].to(x.dtype)
         out = out.index_add(0, token, y)
     return out
+
+
+class _Dispatch(torch.autograd.Function):
+    """Each token's row at each of its places (T K, H); the gradients of a token's places add up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, per_token: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.per_token = per_token
+        return x.index_select(0, order // per_token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        return grad.index_select(0, back).unflatten(0, (-1, ctx.per_token)).sum(1), None, None, None
 
 
 def _permute(x: Tensor, order: Tensor, back: Tensor) -> Tensor:

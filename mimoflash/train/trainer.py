@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mimoflash.kernels.memory import keep_freed_memory
 from mimoflash.model import Transformer
 from mimoflash.train.losses import LossOutput
 from mimoflash.train.optimizer import imbalance, parameter_groups, update_expert_bias
@@ -21,6 +22,7 @@ class Trainer:
         self, model: Transformer, *, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8, clip: float = 1.0, expert_bias_step: float = 1e-3, dtype: torch.dtype = torch.float32,
     ):
+        keep_freed_memory()
         self.clip, self.expert_bias_step = clip, expert_bias_step
         self.expert_counts: Tensor | None = None  # of the last step: (MoE layers, experts)
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
