@@ -2,14 +2,15 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator, with_config
 
 from mimoflash.config import ModelConfig
 from mimoflash.data import DomainSource, FolderSource, StdlibSource
 from mimoflash.text import Tokenizer
 from mimoflash.train import StageSettings
+from mimoflash.world import domain
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -34,7 +35,7 @@ class EvaluateSettings(BaseModel):
     model_config = _STRICT
     tasks: Positive = 100
     max_tokens: Positive = 160
-    conversations: int = 2
+    conversations: Annotated[int, Field(ge=0)] = 2
 
 
 Source = Annotated[FolderSource | StdlibSource | DomainSource, Field(discriminator="kind")]
@@ -55,6 +56,20 @@ class Recipe(BaseModel):
     sft: StageSettings
     evaluate: EvaluateSettings = EvaluateSettings()
 
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        """What only the whole recipe can show, before hours are spent on it."""
+        for stage in ("pretrain", "sft"):
+            unknown = sorted(set(getattr(self, stage).mixture) - set(self.sources))
+            if unknown:
+                known = ", ".join(self.sources)
+                raise ValueError(f"{stage}.mixture names {unknown[0]!r}; the sources are {known}")
+        for source in self.sources.values():
+            if isinstance(source, DomainSource):
+                domain(source.domain, **source.options)
+        _config(self, vocab_size=self.tokenizer.vocab_size)
+        return self
+
     def domains(self) -> dict[str, DomainSource]:
         """The domains among the sources, one source each (the first of several that share a domain)."""
         found: dict[str, DomainSource] = {}
@@ -72,6 +87,8 @@ def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe:
         file = RECIPES / f"{path}.toml"
     try:
         raw = tomllib.loads(file.read_text())
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: not UTF-8 text") from None
     except OSError:
         known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
         raise ValueError(f"{path}: no such recipe; give a .toml file or one of {known}") from None
@@ -79,7 +96,8 @@ def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe:
         raise ValueError(f"{file}: not TOML: {error}") from None
     for change in changes or []:
         _set(raw, change)
-    for name, source in raw.get("sources", {}).items():
+    sources = raw.get("sources", {})
+    for name, source in sources.items() if isinstance(sources, dict) else ():
         if isinstance(source, dict):
             source["name"] = name
     try:
@@ -108,8 +126,11 @@ def _set(raw: dict[str, Any], change: str) -> None:
 def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ModelConfig:
     """The recipe's model with the tokenizer's vocabulary (rounded up to a multiple of 64) and end tokens."""
     special = {"eos_token_id": tokenizer.special.im_end, "pad_token_id": tokenizer.special.end_of_text}
-    fields = {"vocab_size": -(-tokenizer.vocab_size // 64) * 64, "num_nextn_predict_layers": recipe.pretrain.mtp_layers}
+    return _config(recipe, vocab_size=-(-tokenizer.vocab_size // 64) * 64, **special)
+
+
+def _config(recipe: Recipe, **fields: Any) -> ModelConfig:
     try:
-        return ModelConfig(**(recipe.model | special | fields))
+        return ModelConfig(**(recipe.model | fields | {"num_nextn_predict_layers": recipe.pretrain.mtp_layers}))
     except TypeError as error:
         raise ValueError(f"model: {str(error).removeprefix('ModelConfig.__init__() ')}") from None

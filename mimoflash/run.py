@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mimoflash.checkpoint import load_model, resolve, save_gguf, save_model
-from mimoflash.data import Prepared, prepare, read_documents
+from mimoflash.data import Prepared, is_held_out_document, open_prepared, prepare, read_documents
 from mimoflash.engine import Engine, SamplingParams
 from mimoflash.engine.speculation import replay_speculation
 from mimoflash.model import Transformer
@@ -39,18 +39,28 @@ class Run:
         return load_tokenizer(self.out / "tokenizer")
 
     def data(self) -> Prepared:
-        """The prepared shards: made on the first call, opened and verified on later ones."""
-        sources = list(self.recipe.sources.values())
-        workers = max(1, (os.cpu_count() or 1) // 4)  # each imports torch: on a few cores one is faster
-        return prepare(sources, self.tokenizer(), self.out / "data", held_out=self.recipe.held_out, workers=workers)
+        """The shards that the tokenizer stage prepared, verified. Raises ValueError if they are other ones by now."""
+        made = self.result("tokenizer")
+        if made is None:
+            raise ValueError(f"{self.out} has no finished stage tokenizer: run it first (--only tokenizer)")
+        data = open_prepared(self.out / "data")
+        if data.manifest["fingerprint"] != made["data"]:
+            raise ValueError(f"{self.out / 'data'} is not the data that this run began with: give another --out")
+        return data
 
     def result(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage left in done.json; None if it has not finished."""
         file = self.out / stage / "done.json"
         return json.loads(file.read_text()) if file.exists() else None
 
+    def begin(self, stage: str) -> None:
+        """From now on neither this stage nor one after it counts as done."""
+        for later in STAGES[STAGES.index(stage) :]:
+            (self.out / later / "done.json").unlink(missing_ok=True)
+
     def finish(self, stage: str, result: dict[str, Any]) -> None:
         write_json(self.out / stage / "done.json", result)
+        shutil.rmtree(self.out / stage / "states", ignore_errors=True)  # only now: a kill before goes on from them
 
 
 def run(
@@ -72,6 +82,7 @@ def run(
             say(f"{stage}: done before")
             continue
         begin = time.monotonic()
+        this.begin(stage)
         result = stages[stage](this, say)
         this.finish(stage, {"seconds": time.monotonic() - begin} | result)
         write_json(this.out / "summary.json", summary(this))
@@ -89,9 +100,12 @@ def open_run(recipe: Recipe, out: Path, resume: bool) -> Run:
             raise ValueError(f"{out} holds a run: add --resume to go on with it, or give another --out")
         stored = json.loads(file.read_text())
         if stored != described:
-            changed = next(key for key in described if stored.get(key) != described[key])
-            raise ValueError(f"{out} holds a run of another recipe ({changed} differs): give another --out")
-    elif out.exists() and any(out.iterdir()):
+            changed = sorted(key for key in stored | described if stored.get(key) != described.get(key))
+            begun = [key for key in changed if key not in STAGES or (out / key).exists()]
+            if begun:
+                raise ValueError(f"{out} holds a run of another recipe ({begun[0]} differs): give another --out")
+            write_json(file, described)  # what differs are stages that have not begun
+    elif out.exists() and any(path.name != "recipe.tmp" for path in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run: give another --out")
     else:
         write_json(file, described)
@@ -147,13 +161,18 @@ def _tokenizer(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
         document.text or render_chat(None, document.messages or [], document.tools, generation_prompt=False)
         for source in this.recipe.sources.values()
         for document in islice(read_documents(source), settings.documents)
+        if not is_held_out_document(document, source, this.recipe.held_out)
     )
     tokenizer = train_tokenizer(texts, settings.vocab_size)
     tokenizer.save(this.out / "tokenizer")
-    data = this.data()
+    workers = max(1, (os.cpu_count() or 1) // 4)  # each imports torch: on a few cores one is faster
+    sources = list(this.recipe.sources.values())
+    data = prepare(sources, tokenizer, this.out / "data", held_out=this.recipe.held_out, workers=workers)
     for name, counts in data.manifest["sources"].items():
         say(f"  {name}: {len(data.train[name])} documents, {data.train[name].tokens.size:,} tokens {counts}")
-    return {"vocabulary": tokenizer.vocab_size, "sources": data.manifest["sources"]}
+    return {
+        "vocabulary": tokenizer.vocab_size, "data": data.manifest["fingerprint"], "sources": data.manifest["sources"]
+    }
 
 
 def _pretrain(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
@@ -176,7 +195,6 @@ def _train(this: Run, model: Transformer, settings: StageSettings, stage: str) -
     settings = replace(settings, seed=settings.seed + this.recipe.seed)
     result = train_stage(model, this.data(), settings, folder, stage)
     save_model(model, folder / "model", dtype="float32", tokenizer=this.tokenizer())
-    shutil.rmtree(folder / "states", ignore_errors=True)
     training = asdict(result)
     return {"expert_load": training.pop("expert_load"), "training": training}
 
@@ -219,12 +237,17 @@ def _shown(name: str, rollout: Rollout) -> dict[str, Any]:
     return {"domain": name, "messages": rollout.messages, "tools": rollout.tools, "reward": rollout.reward}
 
 
+def _seconds(result: dict[str, Any]) -> float:
+    """Of a resumed training stage, all of its processes together."""
+    return max(result["seconds"], result.get("training", {}).get("seconds", 0.0))
+
+
 def summary(this: Run) -> dict[str, Any]:
     """summary.json: what is known of the run as far as it has gone."""
     results = {stage: result for stage in STAGES if (result := this.result(stage)) is not None}
     whole: dict[str, Any] = {
         "name": this.recipe.name,
-        "seconds": {stage: round(result["seconds"], 1) for stage, result in results.items()},
+        "seconds": {stage: round(_seconds(result), 1) for stage, result in results.items()},
         "machine": {"matmul_gflops": round(matmul_peak() / 1e9, 1), "threads": torch.get_num_threads(),
                     "torch": torch.__version__},
     }

@@ -26,7 +26,7 @@ num_key_value_heads = 1
 head_dim = 12
 v_head_dim = 8
 swa_num_attention_heads = 2
-swa_num_key_value_heads = 1
+swa_num_key_value_heads = 2
 swa_head_dim = 12
 swa_v_head_dim = 8
 n_routed_experts = 4
@@ -159,6 +159,13 @@ def test_a_folder_of_something_else_is_left_alone(recipe, tmp_path):
         ("sources.maze.kind=labyrinth", "sources.maze"),
         ("sources.maze.sises=3", "sises"),
         ("evaluate.task=3", "evaluate.task"),
+        ("sft.mixture={arithmatic=1.0}", "sft.mixture names 'arithmatic'"),
+        ("sft.sequence_length=0", "sequence_length is 0"),
+        ("sources.maze.domain=maize", "no domain 'maize'"),
+        ("model.hidden_size=0", "hidden_size is 0"),
+        ("model.hiden_size=3", "hiden_size"),
+        ("sources=3", "sources"),
+        ("sources.maze.count=0", "count is 0"),
         ("nonsense", "key=value"),
         ("name.first=3", "name is a value"),
     ],
@@ -175,11 +182,22 @@ def test_an_unknown_recipe_names_those_that_come_along():
     assert load_recipe("demo").name == "demo"
 
 
-def test_a_model_that_cannot_be_is_named(tmp_path):
+def test_a_stage_that_has_not_begun_may_still_be_changed(recipe, tmp_path):
     (tmp_path / "tiny.toml").write_text(TINY)
-    for change, named in (("hiden_size=3", "hiden_size"), ("num_experts_per_tok=9", "num_experts_per_tok")):
-        with pytest.raises(ValueError, match=named):
-            run(load_recipe(tmp_path / "tiny.toml", [f"model.{change}"]), tmp_path / named, say=lambda _: None)
+    run(recipe, tmp_path / "out", only="tokenizer", say=lambda _: None)
+    changed = load_recipe(tmp_path / "tiny.toml", ["sft.tokens=99"])
+    run(changed, tmp_path / "out", only="tokenizer", say=lambda _: None)
+    other = load_recipe(tmp_path / "tiny.toml", ["tokenizer.vocab_size=300"])
+    with pytest.raises(ValueError, match="tokenizer differs"):
+        run(other, tmp_path / "out", only="tokenizer", say=lambda _: None)
+
+
+def test_other_data_than_the_run_began_with_is_refused(recipe, tmp_path):
+    run(recipe, tmp_path / "out", only="tokenizer", say=lambda _: None)
+    manifest = tmp_path / "out" / "data" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(json.loads(manifest.read_text())["fingerprint"], "another"))
+    with pytest.raises(ValueError, match="not the data that this run began with"):
+        run(recipe, tmp_path / "out", only="pretrain", say=lambda _: None)
 
 
 def test_a_loss_that_explodes_is_told_with_the_last_checkpoint(tmp_path):
@@ -200,6 +218,11 @@ def test_a_corrupt_shard_is_named(recipe, tmp_path):
         run(recipe, tmp_path / "out", only="pretrain", say=lambda _: None)
 
 
+def written(out):
+    """How far a run has come: changes with each file that it makes and each step that it logs."""
+    return tuple(sorted((str(f), f.stat().st_size) for f in out.rglob("*") if f.is_file() and ".new-" not in str(f)))
+
+
 COMMAND = [sys.executable, "-m", "mimoflash.cli", "run", "tiny.toml", "--out", "out", "--resume"]
 
 
@@ -209,16 +232,17 @@ def test_a_run_killed_at_random_ends_as_the_undisturbed_one(kills, finished, tmp
     shutil.copytree(finished / "tokenizer", tmp_path / "out" / "tokenizer")
     shutil.copytree(finished / "data", tmp_path / "out" / "data")
     shutil.copy(finished / "recipe.json", tmp_path / "out")
-    chance = random.Random(kills)
+    chance, places = random.Random(kills), set()
     for _ in range(kills):
         process = subprocess.Popen(COMMAND, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        started = time.monotonic()
-        state = tmp_path / "out"
-        while time.monotonic() - started < 60 and not any(state.glob("*/metrics.jsonl")) and process.poll() is None:
-            time.sleep(0.05)  # imports take longer than the run itself: kill it while it works
-        time.sleep(chance.uniform(0, 2.5))
+        before, until = written(tmp_path / "out"), time.monotonic() + 60
+        while written(tmp_path / "out") == before and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.005)  # imports take longer than the run itself: kill it while it works
+        time.sleep(chance.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
+        places.add(written(tmp_path / "out"))
+    assert len(places) > 1
     done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for stage in ("pretrain", "sft"):

@@ -93,7 +93,7 @@ def _transformers_step(file: Path, tokens: torch.Tensor) -> Callable[[], object]
     try:
         import transformers
     except ImportError:
-        raise ImportError("the peer needs transformers: pip install mimoflash[peers]") from None
+        raise ImportError("the peer needs transformers: pip install -e '.[peers]'") from None
     config = transformers.AutoConfig.from_pretrained(file)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

@@ -1,5 +1,6 @@
 """Data: documents from sources, without duplicates, tokenised once into shards, mixed and packed into batches."""
 
+from mimoflash.data.encode import is_held_out_document
 from mimoflash.data.loader import Batch, Mixture, PackedLoader
 from mimoflash.data.packing import Packing
 from mimoflash.data.prepare import Prepared, check_no_leak, open_prepared, prepare
@@ -20,6 +21,7 @@ __all__ = [
     "Source",
     "StdlibSource",
     "check_no_leak",
+    "is_held_out_document",
     "open_prepared",
     "prepare",
     "read_documents",

@@ -68,13 +68,21 @@ class Encoder:
             except ValueError as error:
                 raise ValueError(f"{document.where}: {error}") from None
         if isinstance(source, DomainSource):
-            held_out, key, signature = is_held_out(document.messages or []), (source.name, identity), None
+            key, signature = (source.name, identity), None
         else:
             content = document.content
-            held_out, key = identity < self._held_out * 2**64, ("", identity_hash(content))
-            signature = minhash(shingles(content))
+            key, signature = ("", identity_hash(content)), minhash(shingles(content))
+        held_out = is_held_out_document(document, source, self._held_out)
         chat = document.messages is not None
         return Encoded(np.array(ids, np.uint32), np.array(mask, bool), identity, chat, held_out, key, signature)
+
+
+def is_held_out_document(document: Document, source: Source, fraction: float) -> bool:
+    """Whether training must not see it: the world's own tenth of a domain's tasks, by hash this `fraction` of the
+    rest."""
+    if isinstance(source, DomainSource):
+        return is_held_out(document.messages or [])
+    return document.identity < fraction * 2**64
 
 
 @contextmanager

@@ -77,6 +77,7 @@ class FolderSource:
     def __post_init__(self) -> None:
         if (self.prompt_field is None) != (self.answer_field is None):
             raise ValueError(f"source {self.name!r}: prompt_field and answer_field go together, give both or neither")
+        _check_positive(self, "document_characters", "max_bytes")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,9 @@ class StdlibSource:
     include_tests: bool = False
     document_characters: int = 8192
     max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "document_characters", "max_bytes")
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,16 @@ class DomainSource:
     kind: Literal["domain"] = "domain"
     options: Mapping[str, Any] = field(default_factory=dict)
     reasoning: bool = True
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "count")
+
+
+def _check_positive(source: "Source", *names: str) -> None:
+    for name in names:
+        value = getattr(source, name)
+        if value is not None and value < 1:
+            raise ValueError(f"source {source.name!r}: {name} is {value}; 1 or more is needed")
 
 
 Source = FolderSource | StdlibSource | DomainSource

@@ -7,7 +7,8 @@ from mimoflash.config import WINDOW, AttentionShape, ModelConfig
 
 
 class HybridCache:
-    """Keys and values of `rows` sequences, each at its own length. Key and value keep their own widths."""
+    """Keys and values of `rows` sequences, each at its own length, that only grow: a ring has no room to take back what
+    it has overwritten. Key and value keep their own widths."""
 
     def __init__(
         self, config: ModelConfig, rows: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -54,10 +55,8 @@ class _LayerCache:
         if positions.shape[1] == 1:
             self._write(k, v, positions)  # what it overwrites has just left the window
             return self.k, self.v, self.positions
-        # new queries still need what they are about to overwrite; what they replace (a draft) must not count twice
-        stale = (self.positions[:, :, None] == positions[:, None, :]).any(-1)
-        held = self.positions.masked_fill(stale, -1)
-        seen = torch.cat([self.k, k], 1), torch.cat([self.v, v], 1), torch.cat([held, positions], 1)
+        # new queries still need what they are about to overwrite
+        seen = torch.cat([self.k, k], 1), torch.cat([self.v, v], 1), torch.cat([self.positions, positions], 1)
         latest = positions > positions.max(1, keepdim=True).values - self.window
         self._write(k, v, positions.where(latest, -1))
         return seen

@@ -48,7 +48,8 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) 
     p_NV = p_NV.masked_fill(before_NV >= top_p[:, None], 0.0)  # the first is always kept
     p_NV = p_NV / p_NV.sum(-1, keepdim=True)
     cumulative_NV = p_NV.cumsum(-1)
-    place_N = (cumulative_NV <= uniform[:, None] * cumulative_NV[:, -1:]).sum(-1).clamp(max=p_NV.shape[-1] - 1)
+    place_N = (cumulative_NV <= uniform[:, None] * cumulative_NV[:, -1:]).sum(-1)
+    place_N = place_N.minimum((p_NV > 0).sum(-1) - 1)  # a draw may round up to 1
     sampled_N = order_NV.gather(1, place_N[:, None])[:, 0]
     sampling_logp_N = p_NV.gather(1, place_N[:, None])[:, 0].log()
     is_greedy_N = temperature <= 0

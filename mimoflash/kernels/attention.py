@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # queries a block: scores of a block against 512 keys fill a core's L2 cache, not more (docs/log.md)
-HIDDEN = -1e30  # a score that no softmax notices; not -inf, so that a row of padding, which sees nothing, stays finite
 SINK_PLACES = 8  # a sink is one more key, of value zero: the first; eight, so that rows stay aligned
 KEEP_SCORES = 4096  # keys up to which a block's probabilities are kept for the backward pass; beyond, recomputed
 
@@ -155,7 +154,7 @@ class _WithPast(torch.autograd.Function):
 def _attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, mask: Tensor) -> Tensor:
     """q (N, K, G, Lq, D), k (N, K, places + Lk, D), v (N, K, places + Lk, Dv), mask (N or 1, Lq, Lk)
     -> (N, K, G, Lq, Dv). The first SINK_PLACES keys and values are zeros where there is a sink."""
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, HIDDEN)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, _hidden(q.dtype))
     return _Attend.apply(q * q.shape[-1] ** -0.5, k, v, sink, bias)
 
 
@@ -186,6 +185,11 @@ class _Attend(torch.autograd.Function):
         return d_q, d_k, d_v.view(v.shape), d_sink, None
 
 
+def _hidden(dtype: torch.dtype) -> float:
+    """A score that no softmax notices; not -inf, so that a row of padding, which sees nothing, stays finite."""
+    return torch.finfo(dtype).min / 4
+
+
 def _probabilities(q: Tensor, k: Tensor, sink: Tensor | None, bias: Tensor) -> Tensor:
     """(N * K, G * Lq, places + Lk) with q (N, K, G, Lq, D), k (N, K, places + Lk, D), bias (N or 1, Lq, Lk)."""
     s = torch.bmm(q.flatten(2, 3).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
@@ -194,7 +198,7 @@ def _probabilities(q: Tensor, k: Tensor, sink: Tensor | None, bias: Tensor) -> T
     s_NKGLL[..., places:] += bias[:, None, None]
     if sink is not None:
         s_NKGLL[..., 0] = sink.view(1, q.shape[1], q.shape[2], 1)
-        s_NKGLL[..., 1:places] = HIDDEN
+        s_NKGLL[..., 1:places] = _hidden(s.dtype)
     return s.softmax(-1)
 
 

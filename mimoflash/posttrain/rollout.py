@@ -1,5 +1,6 @@
 """Playing tasks of a domain with the engine, many at a time."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -75,6 +76,8 @@ def _advance(
     rollout.messages.append(message)
     try:
         step = environment.step(message)
+        if not math.isfinite(step.reward):
+            raise ValueError(f"reward is {step.reward}")
     except Exception as error:
         _broken(rollout, error)
         return

@@ -19,7 +19,7 @@ def stream_text(engine: Engine, tokenizer: Tokenizer, text: str, params: Samplin
 
 def converse(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, *, thinking: bool) -> None:
     """Reads turns from standard input and answers them until it ends (or, in a terminal, until an empty line)."""
-    console = Console()
+    console = Console(emoji=False)
     context = engine.model.config.max_position_embeddings
     if sys.stdin.isatty():
         console.print("[dim]An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer.[/dim]")
@@ -34,6 +34,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, *, th
         try:
             _answer(console, parser, _decoded(engine, tokenizer, prompt, params))
         except KeyboardInterrupt:
+            _print(console, parser.finish())
             console.print("[dim] (stopped)[/dim]", end="")
         console.print()
         messages.append(parser.message)

@@ -64,14 +64,20 @@ class ChatParser:
     def feed(self, text: str) -> list[Event]:
         """The events that this text completes."""
         self._buffer += text
-        while self._at < len(self._buffer) and self._state():
-            pass
-        self._buffer, self._at = self._buffer[self._at :], 0
+        self._read()
         events, self._events = self._events, []
         return events
 
+    def _read(self) -> None:
+        while self._at < len(self._buffer) and self._state():
+            pass
+        self._buffer, self._at = self._buffer[self._at :], 0
+
     def finish(self) -> list[Event]:
         """The events of the text held back, at the end of the turn."""
+        while self._raw and self._interrupted and not self._calls:  # a call that broke off within the reasoning
+            self._give_up()
+            self._read()
         rest, self._buffer = self._buffer, ""
         if self._state == self._in_reasoning:
             self._emit("reasoning", rest)
@@ -143,13 +149,7 @@ class ChatParser:
     def _in_call_of_reasoning(self) -> bool:
         """After `<tool_call>` in reasoning: if no call follows, it was only mentioned and reasoning goes on."""
         tag = self._expect(FUNCTION, "{")
-        if tag == "":
-            self._interrupted = False
-            self._emit("reasoning", "".join(self._raw))
-            self._raw = []
-            self._state = self._in_reasoning
-            return True
-        return self._open_call(tag)
+        return self._give_up() if tag == "" else self._open_call(tag)
 
     def _in_call(self) -> bool:
         tag = self._expect(FUNCTION, "{")
@@ -235,7 +235,13 @@ class ChatParser:
         self._state = self._after_call
 
     def _give_up(self) -> bool:
-        """It is no call: what was read of it is content, and reading goes on after it."""
+        """It is no call: what was read of it is content, and reading goes on after it. In reasoning the tag was only
+        mentioned, and what follows it is read again as reasoning."""
+        if self._interrupted and not self._calls:
+            self._emit("reasoning", CALL)
+            self._buffer, self._at = "".join(self._raw)[len(CALL) :] + self._buffer[self._at :], 0
+            self._raw, self._interrupted, self._state = [], False, self._in_reasoning
+            return True
         self._emit("content", "".join(self._raw))
         self._raw = []
         self._state = self._in_content

@@ -1,7 +1,7 @@
 """What is minimised: next-token loss, MTP loss and the sequence-wise balance loss (arXiv 2601.02780, sections 2 and 3).
 
-Every loss is a mean over its own weight; `LossOutput.total` is that mean times the weight, so that micro-batches add up
-and one division by the sum of weights gives the mean over all of them.
+`LossOutput.total` is a sum over `weight` units, every term over the same ones, so that micro-batches add up: the step's
+one division by all the weights gives the mean over all of them, however they were cut.
 """
 
 from dataclasses import dataclass, field
@@ -28,44 +28,46 @@ class LossOutput:
 def language_model_loss(
     model: Transformer, batch: Batch, *, mtp_weight: float = 0.0, balance_weight: float = 0.0
 ) -> LossOutput:
-    """Next-token loss + mtp_weight x mean over the MTP layers of theirs + balance_weight x balance loss."""
+    """Next-token loss + mtp_weight x mean over the MTP layers of theirs + balance_weight x balance loss.
+
+    All are divided by the next-token weights, also the MTP layers', which have fewer targets (arXiv 2412.19437, eq. 24
+    divides by the sequence's length for every depth); the balance loss of a sequence counts by its weight.
+    """
     out = model.trunk(batch.tokens, batch.positions, batch.document_ids)
-    loss, weight = weighted_cross_entropy(model, model.model.norm(out.hidden), batch, ahead=1)
-    metrics = {"loss": loss.item()}
-    total = loss
+    total, weight_B = summed_cross_entropy(model, model.model.norm(out.hidden), batch, ahead=1)
+    weight = weight_B.sum().item()
+    sums = {"loss": total}
     if mtp_weight and len(model.model.mtp.layers):
         drafts = model.mtp_hidden(out.hidden, batch.tokens, batch.positions, batch.document_ids)
-        losses = [weighted_cross_entropy(model, h, batch, ahead=2 + k)[0] for k, h in enumerate(drafts)]
-        metrics |= {f"mtp_loss_{k + 1}": value.item() for k, value in enumerate(losses)}
+        losses = [summed_cross_entropy(model, h, batch, ahead=2 + k)[0] for k, h in enumerate(drafts)]
+        sums |= {f"mtp_loss_{k + 1}": value for k, value in enumerate(losses)}
         total = total + mtp_weight * torch.stack(losses).mean()
     counts = None
     if out.routings:
-        balance, counts = balance_loss(out, batch.document_ids >= 0)
-        metrics["balance_loss"] = balance.item()
-        total = total + balance_weight * balance
-    return LossOutput(total * weight, weight, metrics, counts)
+        balance_B, counts = balance_loss(out, batch.document_ids >= 0)
+        sums["balance_loss"] = (balance_B * weight_B).sum()
+        total = total + balance_weight * sums["balance_loss"]
+    metrics = {name: value.item() / weight if weight else 0.0 for name, value in sums.items()}
+    return LossOutput(total, weight, metrics, counts)
 
 
-def weighted_cross_entropy(model: Transformer, normed: Tensor, batch: Batch, ahead: int) -> tuple[Tensor, float]:
-    """Mean cross entropy of the tokens `ahead` places later, by their loss weights, within each document; the weights'
-    sum. `normed` (B, L, H) are hidden states as the head takes them. Zero where nothing is to be predicted."""
+def summed_cross_entropy(model: Transformer, normed: Tensor, batch: Batch, ahead: int) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the tokens `ahead` places later within each document, weighted and summed; the sum of the
+    weights of each row (B,). `normed` (B, L, H) are hidden states as the head takes them."""
     weight_BT = batch.loss_weight[:, ahead:] * (batch.document_ids[:, ahead:] == batch.document_ids[:, :-ahead])
     row, place = (weight_BT > 0).nonzero(as_tuple=True)  # the head is not asked about the rest
     if not row.numel():
-        return normed.sum() * 0.0, 0.0
-    weight_N = weight_BT[row, place]
-    flat = row * normed.shape[1] + place
-    chosen = normed if flat.numel() == normed.shape[0] * normed.shape[1] else normed.flatten(0, 1).index_select(0, flat)
+        return normed.sum() * 0.0, weight_BT.sum(1)
+    chosen = normed.flatten(0, 1).index_select(0, row * normed.shape[1] + place)
     losses_N = cross_entropy(model.lm_head(chosen), batch.tokens[:, ahead:][row, place])
-    total = weight_N.sum()
-    return (losses_N * weight_N).sum() / total, total.item()
+    return (losses_N * weight_BT[row, place]).sum(), weight_BT.sum(1)
 
 
 def balance_loss(out: TrunkOutput, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Sequence-wise balance loss, summed over the MoE layers and averaged over sequences (arXiv 2412.19437, eq. 17-20):
-    sum over experts of f_i P_i, with f_i = E / (K T) x the tokens that chose i and P_i the mean normalised score.
+    """Balance loss of each sequence, summed over the MoE layers (arXiv 2412.19437, eq. 17-20): sum over experts of
+    f_i P_i, with f_i = E / (K T) x the tokens that chose i and P_i the mean normalised score.
 
-    `own` (B, L) is False on padding. Returns the loss and the tokens of each expert (MoE layers, E).
+    `own` (B, L) is False on padding. Returns the losses (B,) and the tokens of each expert (MoE layers, E).
     """
     batch, length = own.shape
     weight_BL = own.float()
@@ -79,6 +81,6 @@ def balance_loss(out: TrunkOutput, own: Tensor) -> tuple[Tensor, Tensor]:
             1, routing.indices.view(batch, -1), weight_BL.repeat_interleave(per_token, dim=1)
         )
         frequency_BE = chosen_BE * experts / (per_token * tokens_B[:, None])
-        losses.append((frequency_BE * share_BE).sum(1).mean())
+        losses.append((frequency_BE * share_BE).sum(1))
         counts.append(chosen_BE.sum(0))
-    return torch.stack(losses).sum(), torch.stack(counts)
+    return torch.stack(losses).sum(0), torch.stack(counts)

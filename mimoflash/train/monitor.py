@@ -42,7 +42,7 @@ class Monitor:
         self.file = folder / "metrics.jsonl"
         self._forget_after(first_step)
         self.log_file = self.file.open("a")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self.console = Console()
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn(),

@@ -1,6 +1,7 @@
 """A training stage: its settings, and the loop that pre-training and fine-tuning share."""
 
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -55,7 +56,10 @@ class StageSettings:
         for name in ("tokens", "batch", "micro_batch", "save_every", "evaluate_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: 1 or more is needed")
-        for name in ("final_lr", "warmup_tokens", "constant_tokens", "batch_warmup_tokens", "first_batch"):
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length is {self.sequence_length}: a row needs two tokens at least")
+        counts = ("warmup_tokens", "constant_tokens", "batch_warmup_tokens", "first_batch", "mtp_layers")
+        for name in ("final_lr", *counts):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: 0 or more is needed")
         if self.peak_lr <= 0 or self.final_lr > self.peak_lr:
@@ -113,6 +117,12 @@ def train_stage(model: Transformer, data: Prepared, settings: StageSettings, fol
     loader = PackedLoader(
         data.train, settings.mixture, settings.sequence_length, seed=settings.seed, prompt_weight=settings.prompt_weight
     )
+    for source, packing in loader.packing.items():
+        if packing.truncated_conversations:
+            warnings.warn(
+                f"{name}: {packing.truncated_conversations} conversations of {source} are longer than sequence_length "
+                f"{settings.sequence_length} and lose their ends", stacklevel=2,
+            )
     states = folder / "states"
     resumed = load_training_state(states, model.lm_head.weight.device)
     done, state = (0, None) if resumed is None else resumed
@@ -150,7 +160,8 @@ def train_stage(model: Transformer, data: Prepared, settings: StageSettings, fol
                 metrics = trainer.step(list(split(batch, settings.micro_batch, device)), loss_fn, step.lr)
             except FloatingPointError as error:
                 raise ValueError(
-                    f"{name} step {number}: {error}; lower peak_lr or clip. The last good checkpoint stands in {states}"
+                    f"{name} step {number}: {error}; begin again with a lower peak_lr or clip. The last good "
+                    f"checkpoint stands in {states}"
                 ) from None
             metrics |= {"lr": step.lr} | speed(batch.tokens.numel(), time.perf_counter() - begin)
             monitor.log(number, step.tokens, metrics)

@@ -42,7 +42,7 @@ class Trainer:
         finite, and ValueError if no batch has anything to learn from.
         """
         metrics, weight, counts = self._accumulate(batches, loss_fn)
-        grads = [p.grad for p in self.parameters if p.grad is not None]
+        grads = [p.grad for p in self.masters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).item() / weight  # gradients are still sums over `weight` units
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}")
@@ -70,7 +70,7 @@ class Trainer:
     def _accumulate(
         self, batches: Sequence[Item], loss_fn: Callable[[Transformer, Item], LossOutput]
     ) -> tuple[dict[str, float], float, Tensor | None]:
-        self.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
         weight, counts = 0.0, None
         for batch in batches:
@@ -79,6 +79,7 @@ class Trainer:
                 raise FloatingPointError(f"the loss is {out.total.item()}")
             if out.weight:
                 out.total.backward()
+                self._collect_gradients()
             for name, value in out.metrics.items():
                 sums[name] = sums.get(name, 0.0) + value * out.weight
             weight += out.weight
@@ -92,14 +93,19 @@ class Trainer:
     def _update(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.optimizer.step()
+        if self.has_masters:
+            for master, p in zip(self.masters, self.parameters, strict=True):
+                p.copy_(master)
+
+    def _collect_gradients(self) -> None:
+        """In bfloat16 gradients add up in float32, beside the float32 weights."""
         if not self.has_masters:
-            self.optimizer.step()
             return
         for master, p in zip(self.masters, self.parameters, strict=True):
-            master.grad = None if p.grad is None else p.grad.float()
-        self.optimizer.step()
-        for master, p in zip(self.masters, self.parameters, strict=True):
-            p.copy_(master)
+            if p.grad is not None:
+                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                p.grad = None
 
 
 def to_training_dtype(model: Transformer, dtype: torch.dtype) -> Transformer:

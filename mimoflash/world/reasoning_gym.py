@@ -26,7 +26,7 @@ class ReasoningGym:
         try:
             from reasoning_gym.factory import DATASETS
         except ImportError as error:
-            raise ImportError("the domain reasoning_gym needs an extra: pip install mimoflash[rl]") from error
+            raise ImportError("the domain reasoning_gym needs an extra: pip install -e '.[rl]'") from error
         if dataset not in DATASETS:
             near = difflib.get_close_matches(dataset, DATASETS) or sorted(DATASETS)
             raise ValueError(f"reasoning_gym: there is no dataset {dataset!r}; did you mean {', '.join(near)}?")

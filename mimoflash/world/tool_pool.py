@@ -4,6 +4,7 @@ A tool is named after what it looks up ("get_ticket_price"); its parameters are 
 Values are words made of syllables, and numbers, so that a request asks for values that nobody has seen before.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -122,8 +123,9 @@ def made_up_word(rng: Random) -> str:
     return "".join(rng.choices(_SYLLABLES, k=rng.randint(2, 3)))
 
 
-def draw_lookups(rng: Random, count: int, parameters: int) -> list[Lookup]:
-    """`count` different tools, the first of them the one to ask for, with one to `parameters` parameters each.
+def draw_lookups(rng: Random, count: int, parameters: int, kinds: Sequence[str]) -> list[Lookup]:
+    """`count` different tools, the first of them the one to ask for, with one to `parameters` parameters each, of
+    different `kinds`.
 
     Every other tool shares the thing or the quantity with the first, so that both words have to be read.
     """
@@ -132,14 +134,14 @@ def draw_lookups(rng: Random, count: int, parameters: int) -> list[Lookup]:
     for thing, quantity in zip(things[1:], quantities[1:], strict=True):
         pairs.append((things[0], quantity) if rng.random() < 0.5 else (thing, quantities[0]))
     return [
-        Lookup(rng.choice(VERBS), thing, quantity, _draw_parameters(rng, rng.randint(1, parameters)))
+        Lookup(rng.choice(VERBS), thing, quantity, _draw_parameters(rng, rng.randint(1, parameters), kinds))
         for thing, quantity in pairs
     ]
 
 
-def _draw_parameters(rng: Random, count: int) -> tuple[Parameter, ...]:
+def _draw_parameters(rng: Random, count: int, kinds: Sequence[str]) -> tuple[Parameter, ...]:
     drawn = []
-    for kind in rng.sample(list(PARAMETERS), count):
+    for kind in rng.sample(list(kinds), count):
         name = rng.choice(list(PARAMETERS[kind]))
         choices = tuple(rng.sample(CHOICES[name], 2)) if kind == "enum" else ()
         drawn.append(Parameter(name, kind, choices))

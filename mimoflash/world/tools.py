@@ -105,7 +105,7 @@ class Tools:
     """Requests such as "Tell me the ticket price, in zuri, over 41 days." with a few generated tools on offer.
 
     `offered` are the levels: how many tools, drawn evenly (a number given twice weighs twice). A tool has from one to
-    `parameters` parameters.
+    `parameters` parameters, of the given `kinds` (string, integer, boolean, array, enum).
 
     The random guesser draws one of the k tools and fills each of its parameters: a boolean and an enum by an even draw
     from their values, a string and an integer by one of the request's W words, an array by a run of words (of which
@@ -116,12 +116,16 @@ class Tools:
 
     offered: Sequence[int] = (2, 3)
     parameters: int = 2
+    kinds: Sequence[str] = tuple(PARAMETERS)
     name: ClassVar[str] = "tools"
 
     def __post_init__(self) -> None:
         check_levels("tools: offered", self.offered, 1, 10)
-        if not 1 <= self.parameters <= len(PARAMETERS):
-            raise ValueError(f"tools: parameters is {self.parameters}; it must be from 1 to {len(PARAMETERS)}")
+        kinds = list(self.kinds) if isinstance(self.kinds, list | tuple) else []
+        if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= PARAMETERS.keys():
+            raise ValueError(f"tools: kinds is {self.kinds!r}; give a list of some of {', '.join(PARAMETERS)}")
+        if not 1 <= self.parameters <= len(kinds):
+            raise ValueError(f"tools: parameters is {self.parameters}; from 1 to {len(kinds)} are possible")
 
     @cached_property
     def chance(self) -> float:
@@ -129,7 +133,7 @@ class Tools:
 
     def errand(self, seed: int) -> Errand:
         rng = Random(seed)
-        offered = draw_lookups(rng, rng.choice(self.offered), self.parameters)
+        offered = draw_lookups(rng, rng.choice(self.offered), self.parameters, self.kinds)
         meant = offered[0]
         rng.shuffle(offered)
         arguments = {parameter.name: parameter.draw(rng) for parameter in meant.parameters}

@@ -112,6 +112,13 @@ def test_sampling_follows_temperature_and_nucleus():
     assert_close(logp, want.float().log()[tokens])
 
 
+def test_a_draw_that_rounds_up_to_one_stays_in_the_nucleus():
+    logits = torch.tensor([[5.0, 4.0, -20.0, -30.0]])
+    token, _, logp = sample(logits, torch.tensor([1.0]), torch.tensor([0.9]), torch.tensor([1.0]))
+    assert token.item() in (0, 1)
+    assert torch.isfinite(logp).all()
+
+
 def test_ends_at_stop_tokens_and_stop_strings(model):
     tokenizer = train_tokenizer(["abc def ghi"] * 30, 128 * 3)
     network = Transformer(dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size, eos_token_id=None)).eval()

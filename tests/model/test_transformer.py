@@ -92,6 +92,14 @@ def test_bf16_is_as_close_to_float32_as_transformers_is():
     assert ours.mean() <= 1.25 * theirs.mean()
 
 
+def test_float16_follows_float32():
+    model = randomised(ModelConfig.tiny())
+    tokens = torch.randint(0, 128, (2, 40))
+    with torch.no_grad():
+        exact = model(tokens)
+        assert (model.half()(tokens).float() - exact).abs().median() < 0.01
+
+
 @settings(max_examples=15)
 @given(configs(like_transformers=False), st.data())
 def test_packed_documents_are_documents_alone(config, data):

@@ -159,11 +159,11 @@ def test_a_malformed_call_is_content_and_the_next_call_is_read(text: str):
 
 
 @pytest.mark.parametrize("call", [NEWLINES, COMPACT, '<tool_call>\n{"name": "f"}\n</tool_call>'])
-def test_a_call_that_breaks_off_is_content_wherever_it_breaks_off(call: str):
+def test_a_call_that_breaks_off_is_text_of_where_it_stands(call: str):
     for end in range(1, len(call)):
         assert parsed("a" + call[:end], OFF) == ("", "a" + call[:end], [])
         if end >= len("<tool_call>"):
-            assert parsed("<think>a" + call[:end]) == ("a", call[:end], [])
+            assert parsed("<think>a" + call[:end]) == ("a" + call[:end], "", [])
 
 
 def test_call_ids_differ_from_turn_to_turn():
@@ -304,3 +304,28 @@ def test_time_is_linear_in_the_text(prefix: str):
     for unit in UNITS:
         small, large = seconds(unit, 5_000), seconds(unit, 150_000)
         assert large < 200 * small + 0.05  # linear: 30 times, quadratic: 900 times
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content"),
+    [
+        (
+            "<think>The form is <tool_call><function=f> then args. So 4.</think>The answer is 4.",
+            "The form is <tool_call><function=f> then args. So 4.",
+            "The answer is 4.",
+        ),
+        (
+            '<think>I will use <tool_call> and <tool_call>{"a":1} </think>answer',
+            'I will use <tool_call> and <tool_call>{"a":1} ',
+            "answer",
+        ),
+    ],
+)
+def test_a_call_that_is_only_mentioned_in_reasoning_stays_there(text, reasoning, content):
+    message = parse_chat(text)
+    assert (message["reasoning_content"], message["content"], message["tool_calls"]) == (reasoning, content, [])
+    parser = ChatParser()
+    for character in text:
+        parser.feed(character)
+    parser.finish()
+    assert parser.message == message

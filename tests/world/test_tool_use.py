@@ -186,3 +186,12 @@ def test_the_place_of_the_tool_says_nothing():
     errands = [domain("tools", offered=[3]).errand(seed) for seed in range(1500)]
     places = [errand.offered.index(errand.meant) for errand in errands]
     assert all(abs(places.count(place) - 500) < 90 for place in range(3))
+
+
+def test_the_kinds_of_parameters_are_a_level():
+    world = domain("tools", parameters=2, kinds=["integer", "enum"])
+    kinds = {parameter.kind for seed in range(200) for parameter in world.errand(seed).meant.parameters}
+    assert kinds == {"integer", "enum"}
+    for wrong in ({"kinds": []}, {"kinds": ["float"]}, {"kinds": "enum"}, {"kinds": ["enum"], "parameters": 2}):
+        with pytest.raises(ValueError, match=r"tools: (kinds|parameters)"):
+            domain("tools", **wrong)
