@@ -93,7 +93,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, visible: Visi
     k_BKLD, v_BKLD = (F.pad(x.transpose(1, 2), (0, 0, places, 0)) for x in (k, v))
     rows = torch.arange(batch, device=q.device)[:, None, None]
     blocks = []
-    for start in range(0, length, BLOCK):
+    for start in reversed(range(0, length, BLOCK)):  # the largest first: the smaller ones find room in what it frees
         end = min(start + BLOCK, length)
         keys = end if causal else k.shape[1]
         i = torch.arange(start, end, device=q.device)[None, :, None]
@@ -101,7 +101,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, visible: Visi
         mask = visible(rows, i, j)
         seen = slice(places + keys)
         blocks.append(_attend(q_BKGLD[:, :, :, start:end], k_BKLD[:, :, seen], v_BKLD[:, :, seen], sink, mask))
-    return torch.cat(blocks, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return torch.cat(blocks[::-1], dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, sink: Tensor | None, document_ids: Tensor | None) -> Tensor:
