@@ -7,6 +7,7 @@ from torch import Tensor
 from mimoflash.config import WINDOW, ModelConfig
 from mimoflash.model.attention import Attention, Cache, Rope
 from mimoflash.model.moe import DenseFFN
+from mimoflash.model.norm import RMSNorm
 
 
 class MTPLayer(nn.Module):
@@ -15,15 +16,15 @@ class MTPLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, cache_layer: int):
         super().__init__()
-        h, eps = config.hidden_size, config.rms_norm_eps
-        self.enorm = nn.RMSNorm(h, eps=eps)
-        self.hnorm = nn.RMSNorm(h, eps=eps)
+        h = config.hidden_size
+        self.enorm = RMSNorm(config)
+        self.hnorm = RMSNorm(config)
         self.eh_proj = nn.Linear(2 * h, h, bias=False)
-        self.input_layernorm = nn.RMSNorm(h, eps=eps)
+        self.input_layernorm = RMSNorm(config)
         self.self_attn = Attention(config, WINDOW, cache_layer)
-        self.pre_mlp_layernorm = nn.RMSNorm(h, eps=eps)
+        self.pre_mlp_layernorm = RMSNorm(config)
         self.mlp = DenseFFN(config)
-        self.final_layernorm = nn.RMSNorm(h, eps=eps)
+        self.final_layernorm = RMSNorm(config)
 
     def forward(
         self, hidden: Tensor, embedding: Tensor, positions: Tensor, rope: Rope, document_ids: Tensor | None = None,

@@ -14,6 +14,7 @@ from mimoflash.config import DENSE, GLOBAL, WINDOW, ModelConfig
 from mimoflash.model.attention import Attention, Cache, Rope, rope_angles
 from mimoflash.model.moe import DenseFFN, Experts, MoE, Router, Routing
 from mimoflash.model.mtp import MTPLayer
+from mimoflash.model.norm import RMSNorm
 
 
 class Layer(nn.Module):
@@ -24,8 +25,8 @@ class Layer(nn.Module):
         self.kind = config.layer_types[index]
         self.self_attn = Attention(config, self.kind, index)
         self.mlp = DenseFFN(config) if config.mlp_layer_types[index] == DENSE else MoE(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = RMSNorm(config)
 
     def forward(
         self, x: Tensor, positions: Tensor, ropes: dict[str, Rope], document_ids: Tensor | None, cache: Cache | None,
@@ -51,7 +52,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config)
         self.mtp = MTP(config)
 
 
