@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
-from rich.markup import escape
 
 from mimoflash.engine import Engine, SamplingParams
 from mimoflash.text import ChatParser, Event, StreamDecoder, Tokenizer, render_chat
@@ -30,11 +29,13 @@ def converse(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, *, th
         prompt = tokenizer.encode(text)
         if len(prompt) >= context:
             raise ValueError(f"the conversation has {len(prompt)} tokens; the model's context is {context}")
-        parser = ChatParser(prompt=text)
+        parser, printer = ChatParser(prompt=text), _Printer(console)
         try:
-            _answer(console, parser, _decoded(engine, tokenizer, prompt, params))
+            for piece in _decoded(engine, tokenizer, prompt, params):
+                printer.show(parser.feed(piece))
+            printer.show(parser.finish())
         except KeyboardInterrupt:
-            _print(console, parser.finish())
+            printer.show(parser.finish())
             console.print("[dim] (stopped)[/dim]", end="")
         console.print()
         messages.append(parser.message)
@@ -52,20 +53,20 @@ def _next_turn(console: Console) -> str | None:
             return None
 
 
-def _answer(console: Console, parser: ChatParser, pieces: Iterator[str]) -> None:
-    """Prints an answer as it comes; reasoning is dim."""
-    for piece in pieces:
-        _print(console, parser.feed(piece))
-    _print(console, parser.finish())
+class _Printer:
+    """Prints an answer as it comes: reasoning dim, and what follows it on a line of its own."""
 
+    def __init__(self, console: Console):
+        self.console, self.kind = console, ""
 
-def _print(console: Console, events: Sequence[Event]) -> None:
-    for event in events:
-        if event.call is not None:
-            console.print(f"[cyan]{escape(json.dumps(event.call['function']))}[/cyan]")
-        else:
-            style = "dim" if event.kind == "reasoning" else None
-            console.print(event.text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
+    def show(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if self.kind not in ("", event.kind):
+                self.console.print()
+            self.kind = event.kind
+            text = json.dumps(event.call["function"]) if event.call is not None else event.text
+            style = {"reasoning": "dim", "tool_call": "cyan"}.get(event.kind)
+            self.console.print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _decoded(engine: Engine, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams) -> Iterator[str]:
