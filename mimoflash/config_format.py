@@ -20,6 +20,7 @@ def read(raw: dict[str, Any]) -> dict[str, Any]:
     """ModelConfig's fields from a config.json of either spelling, or of both. Raises ValueError naming the key."""
     if not isinstance(raw, dict):
         raise ValueError(f"a JSON object is expected, not {type(raw).__name__}")
+    _check_types(raw)
     model_type = raw.get("model_type", "mimo_v2_flash")
     if model_type == "llama":
         return _read_llama(raw)
@@ -71,8 +72,41 @@ _IGNORED = frozenset(
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "attention_dropout": (0, 0.0),
     "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "n_group": (1, None), "topk_group": (1, None),
-    "n_shared_experts": (None, 0), "rope_scaling": (None,), "router_aux_loss_coef": (0, 0.0, None),
+    "n_shared_experts": (None, 0),
+    "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
+    "router_aux_loss_coef": (0, 0.0, None),
 }
+
+
+_COUNTS = (
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim", "sliding_window",
+    "swa_num_attention_heads", "swa_num_key_value_heads", "swa_head_dim",
+)
+_LISTS = ("layer_types", "mlp_layer_types", "hybrid_layer_pattern", "moe_layer_freq")
+
+
+def _check_types(raw: dict[str, Any]) -> None:
+    """Of the values that are reckoned with before ModelConfig sees them."""
+    for key in _COUNTS:
+        value = raw.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{key} is {value!r}: a positive whole number is expected")
+    previous = raw.get("sliding_window_size")
+    if previous is not None and (not isinstance(previous, int) or previous < 0):
+        raise ValueError(f"sliding_window_size is {previous!r}: a whole number from 0 on is expected")
+    for key in _LISTS:
+        value = raw.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, str | int) for item in value)):
+            raise ValueError(f"{key} is {value!r}: a list with an entry a layer is expected")
+
+
+def _plain_rope(values: dict[str, Any], name: str) -> None:
+    """Raises ValueError unless an object of RoPE settings asks for no scaling."""
+    kind = values.get("rope_type", values.get("type", "default"))
+    unknown = sorted(set(values) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+    if kind != "default" or unknown:
+        key = unknown[0] if unknown else "rope_type"
+        raise ValueError(f"{name} has {key} {values.get(key, kind)!r}: only plain RoPE is supported")
 
 
 class _Reader:
@@ -157,8 +191,6 @@ def _read_mimo(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _layer_kinds(r: _Reader, layers: int, native: str, hub: str, kinds: tuple[str, str]) -> tuple[str, ...]:
     flags, named = r.take(hub), r.take(native)
-    if isinstance(flags, int):
-        raise ValueError(f"{hub} is {flags!r}: a list with an entry a layer is expected")
     if flags is not None and not set(flags) <= {0, 1}:
         raise ValueError(f"{hub} holds {sorted(set(flags) - {0, 1})[0]!r}; known are 0 and 1")
     from_flags = None if flags is None else tuple(kinds[flag] for flag in flags)
@@ -188,8 +220,7 @@ def _rope(r: _Reader) -> dict[str, Any]:
     for kind, values in native.items():
         if kind not in (GLOBAL, WINDOW) or not isinstance(values, dict):
             raise ValueError(f"rope_parameters holds {kind!r}; known are {GLOBAL}, {WINDOW}, with an object each")
-        if values.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_parameters.{kind}.rope_type is {values['rope_type']!r}; supported is 'default'")
+        _plain_rope(values, f"rope_parameters.{kind}")
     factors = {kind: v["partial_rotary_factor"] for kind, v in native.items() if "partial_rotary_factor" in v}
     if len(set(factors.values())) > 1:
         raise ValueError(f"rope_parameters: partial_rotary_factor differs between kinds of layer: {factors}")
@@ -216,8 +247,9 @@ def _read_llama(raw: dict[str, Any]) -> dict[str, Any]:
     kv_heads = r.take("num_key_value_heads", heads)
     head_dim = r.take("head_dim", values["hidden_size"] // heads)
     rope = r.take("rope_parameters", {})
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_parameters.rope_type is {rope['rope_type']!r}; supported is 'default'")
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters is {rope!r}: an object is expected")
+    _plain_rope(rope, "rope_parameters")
     theta = r.either(
         ("rope_theta", r.take("rope_theta")), ("rope_parameters.rope_theta", rope.get("rope_theta")), 10_000.0
     )
