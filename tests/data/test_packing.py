@@ -104,9 +104,9 @@ def test_little_padding_and_rows_that_change_between_epochs(tmp_path, lengths):
 @pytest.mark.parametrize("capacity", [512, 32_768])
 def test_a_plan_of_100_000_documents_takes_less_than_two_seconds(capacity):
     lengths = np.sort(RANDOM.lognormal(np.log(capacity / 4), 0.8, 100_000).clip(1, capacity).astype(int))[::-1]
-    start = time.process_time()
+    start = time.thread_time()
     row = fill_rows(lengths, capacity)
-    assert time.process_time() - start < 2
+    assert time.thread_time() - start < 2
     assert lengths.sum() / (capacity * (row.max() + 1)) > 0.99
 
 

@@ -297,13 +297,16 @@ def test_between_pieces_no_more_than_a_tags_beginning_is_looked_at_again(prefix:
 def test_time_is_linear_in_the_text(prefix: str):
     def seconds(unit: str, size: int) -> float:
         text = prefix + unit * (size // len(unit))
-        start = time.process_time()
-        parse_chat(text, TOOLS, HEADER)
-        return time.process_time() - start
+        taken = []
+        for _ in range(3):
+            start = time.thread_time()  # of this thread alone: others may be spinning
+            parse_chat(text, TOOLS, HEADER)
+            taken.append(time.thread_time() - start)
+        return min(taken)
 
     for unit in UNITS:
         small, large = seconds(unit, 5_000), seconds(unit, 150_000)
-        assert large < 200 * small + 0.05  # linear: 30 times, quadratic: 900 times
+        assert large < 200 * small + 0.1  # linear: 30 times, quadratic: 900 times
 
 
 @pytest.mark.parametrize(
