@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .PHONY: demo test test-long lint install check clean
-demo: $(VENV)/.installed
+demo: $(VENV)/.kernels
 	$(BIN)/mimoflash demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.kernels
 	$(BIN)/python -m pytest
 
-test-long: $(VENV)/.installed
+test-long: $(VENV)/.kernels
 	$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/.installed
@@ -20,13 +20,18 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-install: $(VENV)/.installed
+install: $(VENV)/.kernels
 
 $(VENV)/.installed: pyproject.toml
 	@$(MAKE) --no-print-directory check
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q -e '.[dev,peers]'
+	@touch $@
+
+# pip has compiled the CPU kernels; this does it again after a change.
+$(VENV)/.kernels: $(VENV)/.installed mimoflash/kernels/compile.py $(wildcard mimoflash/kernels/cpu/*.h mimoflash/kernels/cpu/*.cpp)
+	$(BIN)/python -m mimoflash.kernels.compile
 	@touch $@
 
 # What pip cannot install, with the line that does.
@@ -41,4 +46,4 @@ check:
 	  { echo "a C++ compiler is missing: sudo apt-get install g++"; exit 1; }
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) mimoflash/kernels/cpu/*.so build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

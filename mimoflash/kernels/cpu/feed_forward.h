@@ -1,0 +1,213 @@
+// The feed-forward parts of a layer, as mimoflash/model/moe.py has them: dense SwiGLU, and the mixture of experts.
+#pragma once
+#include "rows.h"
+
+namespace mimoflash {
+
+// Where the experts chosen for the first row go, those of the next `stride` numbers further.
+struct Routes {
+    void* first;
+    int64_t stride;
+    int bytes;  // of a number, 1 or 2
+
+    Routes next(int count) const { return {static_cast<char*>(first) + count * bytes, stride, bytes}; }
+
+    void put(int row, int n, int expert) const {
+        if (bytes == 1) static_cast<uint8_t*>(first)[row * stride + n] = static_cast<uint8_t>(expert);
+        else static_cast<int16_t*>(first)[row * stride + n] = static_cast<int16_t>(expert);
+    }
+};
+
+class FeedForward {
+public:
+    FeedForward(const Rows& r, Workspace& memory, int queries);
+
+    // x (Q, H), which a barrier has made whole, += FFN(norm(x)). Ends with a row stage.
+    void run(Team& team, const Layer& layer, int queries, float* x, const Routes& routes);
+
+private:
+    static constexpr int FEW = 1 << 15;  // multiplications of routers that one thread does alone
+
+    const Rows& rows;
+    const Model& model;
+    float *gate_up, *activated;  // (rows, 2 I), (rows, I)
+
+    // experts; P pairs of a query and an expert, in the order of experts
+    float* scores;         // (Q, E)
+    float* weights;        // (Q, K)
+    int32_t* chosen;       // (Q, K)
+    int32_t* place;        // (Q, K) the pair's
+    int32_t* source;       // (P,) the pair's query
+    int32_t* ends;         // (E,)
+    int32_t* counting;     // (P,) 0, 1, 2, ...
+    float* expert_out;     // (P, H)
+    LinearJob *up_jobs, *down_jobs;  // (E,) one for each expert that is chosen
+    int job_count = 0;
+    Activations expert_in{}, expert_inner{};
+
+    void dense(Team& team, const DenseFFN& ffn, int queries, float* x);
+    void route(Team& team, const Layer& layer, const Activations& in, const float* x, const Routes& to);
+    void route_alone(Team& team, const Layer& layer, const Activations& in, const float* x, const Routes& to);
+    void sparse(Team& team, int queries, float* x);
+    void activate(Team& team, const Activations& out);
+    void choose(const MoE& moe, int row, const Routes& to);
+    void group(const MoE& moe, int queries);
+};
+
+inline FeedForward::FeedForward(const Rows& r, Workspace& memory, int queries) : rows(r), model(r.model) {
+    const int64_t pairs = static_cast<int64_t>(queries) * model.per_token;
+    const int64_t inner = std::max(static_cast<int64_t>(queries) * model.intermediate, pairs * model.expert_width);
+    gate_up = memory.take<float>(2 * inner), activated = memory.take<float>(inner);
+    scores = memory.take<float>(static_cast<int64_t>(queries) * model.experts);
+    weights = memory.take<float>(pairs), chosen = memory.take<int32_t>(pairs), place = memory.take<int32_t>(pairs);
+    source = memory.take<int32_t>(pairs), counting = memory.take<int32_t>(pairs);
+    ends = memory.take<int32_t>(model.experts);
+    expert_out = memory.take<float>(pairs * model.hidden);
+    up_jobs = memory.take<LinearJob>(model.experts), down_jobs = memory.take<LinearJob>(model.experts);
+    for (int64_t i = 0; i < pairs; ++i) counting[i] = static_cast<int32_t>(i);
+}
+
+inline void FeedForward::run(Team& team, const Layer& layer, int queries, float* x, const Routes& routes) {
+    const Activations in = rows.input(rows.normed, queries, model.hidden);
+    if (layer.is_sparse) {
+        const bool few = static_cast<int64_t>(queries) * model.experts * model.hidden <= FEW;
+        few ? route_alone(team, layer, in, x, routes) : route(team, layer, in, x, routes);
+        return sparse(team, queries, x);
+    }
+    own_rows(team, queries, [&](int row) { rows.norm_row(row, x, layer.post_norm, in); });
+    team.barrier();
+    dense(team, layer.dense, queries, x);
+}
+
+inline void FeedForward::dense(Team& team, const DenseFFN& ffn, int queries, float* x) {
+    const int width = model.intermediate;
+    const Activations in = rows.input(rows.normed, queries, model.hidden);
+    const Activations inner = rows.input(activated, queries, width);
+    const LinearJob up[] = {
+        {&ffn.gate, &in, nullptr, nullptr, queries, gate_up, 2 * width, false},
+        {&ffn.up, &in, nullptr, nullptr, queries, gate_up + width, 2 * width, false},
+    };
+    linear(team, up, 2);
+    team.barrier();
+    activate(team, inner);
+    team.barrier();
+    const LinearJob down{&ffn.down, &inner, nullptr, nullptr, queries, x, model.hidden, true};
+    linear(team, &down, 1);
+    team.barrier();
+}
+
+// silu(gate) * up, in pieces of 512 columns
+inline void FeedForward::activate(Team& team, const Activations& out) {
+    constexpr int PIECE = 512;
+    const int64_t width = out.k, pieces = (width + PIECE - 1) / PIECE;
+    for (int64_t piece; (piece = team.next()) < out.rows * pieces;) {
+        const int64_t row = piece / pieces, from = piece % pieces * PIECE, end = std::min(from + PIECE, width);
+        const float *gate = gate_up + row * 2 * width, *up = gate + width;
+        float* y = activated + row * width;
+        int64_t i = from;
+        for (; i + WIDTH <= end; i += WIDTH) store(y + i, silu(load(gate + i)) * load(up + i));
+        const int rest = static_cast<int>(end - i);
+        if (rest) store(y + i, silu(load(gate + i, rest)) * load(up + i, rest), rest);
+        rows.prepare(out, static_cast<int>(row), static_cast<int>(from), static_cast<int>(end - from));
+    }
+}
+
+// -- experts ----------------------------------------------------------------------------------------------------------
+
+inline void FeedForward::route(
+    Team& team, const Layer& layer, const Activations& in, const float* x, const Routes& to) {
+    own_rows(team, in.rows, [&](int row) { rows.norm_row(row, x, layer.post_norm, in); });
+    team.barrier();
+    const LinearJob router{&layer.moe.router, &in, nullptr, nullptr, in.rows, scores, model.experts, false};
+    linear(team, &router, 1);
+    team.barrier();
+    own_rows(team, in.rows, [&](int row) { choose(layer.moe, row, to); });
+    team.barrier();
+    if (team.id == 0) group(layer.moe, in.rows);
+    team.barrier();
+}
+
+// The same by the first thread, where it is done sooner than all threads would have met.
+inline void FeedForward::route_alone(
+    Team& team, const Layer& layer, const Activations& in, const float* x, const Routes& to) {
+    if (team.id == 0) {
+        Shared alone;
+        Team one{alone, 0};
+        route(one, layer, in, x, to);
+    }
+    team.barrier();
+}
+
+inline void FeedForward::sparse(Team& team, int queries, float* x) {
+    const int64_t h = model.hidden;
+    linear(team, up_jobs, job_count);
+    team.barrier();
+    activate(team, expert_inner);
+    team.barrier();
+    linear(team, down_jobs, job_count);
+    team.barrier();
+    own_rows(team, queries, [&](int row) {  // sums in the order of choice
+        float* y = x + row * h;
+        const float* weight = weights + row * model.per_token;
+        const int32_t* at = place + row * model.per_token;
+        for (int64_t i = 0; i < h; ++i) {
+            float total = 0;
+            for (int e = 0; e < model.per_token; ++e) total += weight[e] * expert_out[at[e] * h + i];
+            y[i] += total;
+        }
+    });
+}
+
+// Sigmoid scores; the highest `per_token` of score + correction bias (the lower index where they are equal); weights
+// from the scores without the bias.
+inline void FeedForward::choose(const MoE& moe, int row, const Routes& to) {
+    const int experts = model.experts, per_token = model.per_token;
+    float* score = scores + static_cast<int64_t>(row) * experts;
+    for (int i = 0; i < experts; i += WIDTH) {
+        const int count = std::min(WIDTH, experts - i);
+        const Floats x = count == WIDTH ? load(score + i) : load(score + i, count);
+        store(score + i, splat(1.0f) / (splat(1.0f) + exponential(-x)), count);
+    }
+    float total = 0;
+    int32_t* taken = chosen + row * per_token;
+    for (int n = 0; n < per_token; ++n) {
+        int best = -1;
+        for (int e = 0; e < experts; ++e) {
+            if (std::find(taken, taken + n, e) != taken + n) continue;
+            if (best < 0 || score[e] + moe.bias[e] > score[best] + moe.bias[best]) best = e;
+        }
+        taken[n] = best;
+        total += score[best];
+        to.put(row, n, best);
+    }
+    for (int n = 0; n < per_token; ++n) {
+        const float weight = model.normalise ? score[taken[n]] / (total + 1e-20f) : score[taken[n]];
+        weights[row * per_token + n] = weight * model.routed_scaling;
+    }
+}
+
+// Sorts the pairs by expert and writes down the multiplications of each.
+inline void FeedForward::group(const MoE& moe, int queries) {
+    const int pairs = queries * model.per_token, width = model.expert_width;
+    expert_in = rows.input(rows.normed, queries, model.hidden);
+    expert_inner = rows.input(activated, pairs, width);
+    std::fill(ends, ends + model.experts, 0);
+    for (int i = 0; i < pairs; ++i) ++ends[chosen[i]];
+    job_count = 0;
+    for (int e = 0, begin = 0; e < model.experts; ++e) {
+        const int count = ends[e];
+        ends[e] = begin;  // moves on to the end as pairs are placed
+        if (count == 0) continue;
+        const int32_t* these = counting + begin;
+        float* up = gate_up + static_cast<int64_t>(begin) * 2 * width;
+        up_jobs[job_count] = {moe.gate_up + e, &expert_in, source + begin, nullptr, count, up, 2 * width, false};
+        down_jobs[job_count++] = {moe.down + e, &expert_inner, these, these, count, expert_out, model.hidden, false};
+        begin += count;
+    }
+    for (int i = 0; i < pairs; ++i) {
+        place[i] = ends[chosen[i]]++;
+        source[place[i]] = i / model.per_token;
+    }
+}
+
+}  // namespace mimoflash
