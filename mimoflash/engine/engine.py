@@ -1,167 +1,297 @@
-"""Generation: prompts go through the model in chunks, then all requests take a token a step until each has ended."""
+"""The engine: requests go in; pass by pass of the model is planned, run and sampled; tokens come out."""
 
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mimoflash.engine.cache import HybridCache
-from mimoflash.engine.sampling import SamplingParams, sample
+from mimoflash.engine.backend import make_runner
+from mimoflash.engine.cache import KINDS
+from mimoflash.engine.core import Core
+from mimoflash.engine.delivery import Delivery
+from mimoflash.engine.params import SamplingParams
+from mimoflash.engine.request import Event, NewTokens, Output, Request, Routes
+from mimoflash.engine.runner import route_dtype
+from mimoflash.engine.scheduler import Scheduler
 from mimoflash.model import Transformer
 from mimoflash.text import Tokenizer
 
-PREFILL_CHUNK = 256  # positions: a window layer's cost stays length x (window + chunk)
-MAX_ROWS = 64  # requests decoded together
-
-
-@dataclass
-class Output:
-    """A finished request. `tokens`: generated ids, the end token included. `logprobs` of each under the model,
-    `sampling_logprobs` under what it was sampled from. `routes` (positions run, MoE layers, experts per token): prompt
-    and all generated tokens but the last."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    sampling_logprobs: list[float]
-    routes: Tensor
-    finish_reason: Literal["stop", "length"]
-
-
-@dataclass
-class _Request:
-    prompt: list[int]
-    params: SamplingParams
-    random: random.Random
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    sampling_logprobs: list[float] = field(default_factory=list)
-    routes: list[Tensor] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
-
-    def output(self) -> Output:
-        assert self.finish_reason is not None
-        routes = torch.cat(self.routes)
-        return Output(self.tokens, self.logprobs, self.sampling_logprobs, routes, self.finish_reason)
-
 
 class Engine:
-    """Generates from a model. `tokenizer` is needed for end tokens and stop strings only: prompts are token ids."""
+    """Generates from a model.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None):
+    `tokenizer` is needed for end tokens, stop strings and grammars only: prompts are token ids. `speculate`: the most
+    tokens that MTP layers draft at a time, 0 to 3; output does not depend on it. `dtype`: of the weights, "float32",
+    "bf16", on a CPU "int8" or "int4", on a GPU "fp8"; None: the model's. `max_running`: requests that run side by side.
+    `cache_bytes`: for keys and values; by default a quarter of the memory that is free, or less where that is enough.
+    A conversation's next turn runs only what is new in it; with `share_prefixes` all prompts that begin alike share
+    their beginning, too. May be used from several threads and event loops at once. Raises ValueError for what the model
+    or the machine lacks.
+    """
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer | None = None, *, speculate: int = 0, dtype: str | None = None,
+        max_running: int = 64, cache_bytes: int | None = None, share_prefixes: bool = False,
+    ):
         self.model, self.tokenizer = model, tokenizer
-        self.stop_ids = self._stop_ids()
+        self.runner = make_runner(
+            model, speculate=speculate, dtype=dtype, max_running=max_running, cache_bytes=cache_bytes
+        )
+        scheduler = Scheduler(self.runner.cache, share_prefixes=share_prefixes)
+        self.core = Core(model.config, self.runner, scheduler, tokenizer)
+        self._arrivals = itertools.count()
+        self._inbox: deque[Request] = deque()  # submitted or cancelled; taken in by whoever holds the lock
+        self._lock = threading.Lock()  # around all but the inbox
+        self._lock_of_executor, self._is_driven = threading.Lock(), False
+        self._executor: ThreadPoolExecutor | None = None
+        self._deliveries: WeakKeyDictionary[asyncio.AbstractEventLoop, Delivery] = WeakKeyDictionary()
+        self._is_closed = False
+
+    # -- what programs call ---------------------------------------------------------------------------------------
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Output]:
-        """Continues each prompt; `params` for all, or one a prompt. Raises ValueError for an empty prompt, a token
-        outside the vocabulary, or another number of params than prompts."""
-        requests = self._requests(prompts, params or SamplingParams())
-        for start in range(0, len(requests), MAX_ROWS):
-            for _ in self._run(requests[start : start + MAX_ROWS]):
-                pass
-        return [request.output() for request in requests]
-
-    def stream(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Iterator[int]:
-        """The tokens of one request, as they come."""
-        (request,) = self._requests([prompt], params or SamplingParams())
-        for _ in self._run([request]):
-            yield request.tokens[-1]
-
-    def _requests(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
-    ) -> list[_Request]:
+        """Continues each prompt; `params` for all, or one a prompt. Raises ValueError as `submit`, or for another
+        number of params than prompts. An exception, Ctrl-C too, cancels these requests; the engine can be used on."""
+        params = params or SamplingParams()
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} SamplingParams for {len(prompts)} prompts: give one, or one a prompt")
-        vocabulary = self.model.config.vocab_size
-        for i, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompt {i} is empty: give at least one token")
-            if not all(0 <= token < vocabulary for token in prompt):
-                raise ValueError(f"prompt {i} has a token outside the vocabulary of {vocabulary}")
-        if self.tokenizer is None and any(p.stop for p in each):
-            raise ValueError("stop strings need a tokenizer: Engine(model, tokenizer)")
-        return [_Request(list(q), p, random.Random(p.seed)) for q, p in zip(prompts, each, strict=True)]
-
-    @torch.inference_mode()
-    def _run(self, requests: list[_Request]) -> Iterator[None]:
-        """Runs the requests to their ends; yields after each token."""
-        was_training = self.model.training
-        self.model.eval()
+        requests = [self._request(p, q, name=f"prompt {i}") for i, (p, q) in enumerate(zip(prompts, each, strict=True))]
         try:
-            weight = self.model.lm_head.weight
-            cache = HybridCache(self.model.config, len(requests), dtype=weight.dtype, device=weight.device)
-            hidden = self._prefill(requests, cache)
-            while True:
-                self._take_tokens(requests, self.model.logits(hidden))
-                yield
-                going = [row for row, request in enumerate(requests) if request.finish_reason is None]
-                if not going:
-                    return
-                if len(going) < len(requests):
-                    requests = [requests[row] for row in going]
-                    cache.keep_rows(torch.tensor(going, device=weight.device))
-                tokens = torch.tensor([[request.tokens[-1]] for request in requests], device=weight.device)
-                out = self.model.trunk(tokens, cache=cache)
-                cache.advance(cache.length + 1)
-                for request, route in zip(requests, out.routes, strict=True):
-                    request.routes.append(route)
-                hidden = out.hidden[:, -1]
+            for request in requests:
+                self._send(request)
+            for request in requests:
+                while request.finish_reason is None:
+                    self.step()
         finally:
-            self.model.train(was_training)
+            for request in requests:
+                self.cancel(request)
+        return [request.output() for request in requests]
 
-    def _prefill(self, requests: list[_Request], cache: HybridCache) -> Tensor:
-        """The hidden state at each prompt's last token (rows, H)."""
-        device = self.model.lm_head.weight.device
-        lengths = torch.tensor([len(request.prompt) for request in requests], device=device)
-        last: list[Tensor | None] = [None] * len(requests)
-        for start in range(0, int(lengths.max()), PREFILL_CHUNK):
-            chunks = [request.prompt[start : start + PREFILL_CHUNK] for request in requests]
-            width = max(len(chunk) for chunk in chunks)
-            tokens = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=device)
-            places = torch.arange(start, start + width, device=device).expand(len(requests), -1)
-            out = self.model.trunk(tokens, places.where(places < lengths[:, None], -1), cache=cache)
-            for row, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
-                if chunk:
-                    request.routes.append(out.routes[row, : len(chunk)])
-                    last[row] = out.hidden[row, len(chunk) - 1]
-        cache.advance(lengths)
-        return torch.stack([hidden for hidden in last if hidden is not None])
+    def stream(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Iterator[int]:
+        """The tokens of one request, as they come. Closing the iterator cancels it."""
+        arrived: deque[int] = deque()
+        request = self.submit(prompt, params, sink=lambda e: arrived.extend(e.tokens) if type(e) is NewTokens else None)
+        try:
+            while arrived or request.finish_reason is None:
+                if not arrived:
+                    self.step()
+                while arrived:
+                    yield arrived.popleft()
+        finally:
+            self.cancel(request)
 
-    def _take_tokens(self, requests: list[_Request], logits: Tensor) -> None:
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, device=logits.device, dtype=torch.float32)
-
-        sampled = sample(
-            logits,
-            column([r.params.temperature for r in requests]),
-            column([r.params.top_p for r in requests]),
-            column([r.random.random() for r in requests]),
+    async def events(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, *, priority: int = 0,
+        deadline: float | None = None,
+    ) -> AsyncIterator[Event]:
+        """NewTokens as they come, then the Output. Closing the iterator (`aclose`) cancels the request. Arguments as
+        in `submit`. The passes run in a thread of their own, as long as there are requests."""
+        loop = asyncio.get_running_loop()
+        delivery = self._deliveries.setdefault(loop, Delivery(loop))
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        request = self.submit(
+            prompt, params, priority=priority, deadline=deadline, sink=lambda event: delivery.send(queue, event)
         )
-        for request, token, logp, sampling_logp in zip(requests, *(x.tolist() for x in sampled), strict=True):
-            request.tokens.append(token)
-            request.logprobs.append(logp)
-            request.sampling_logprobs.append(sampling_logp)
-            request.finish_reason = self._finish_reason(request)
+        try:
+            self._drive()
+            while True:
+                event = await queue.get()
+                yield event
+                if isinstance(event, Output):
+                    return
+        finally:
+            self.cancel(request)
 
-    def _finish_reason(self, request: _Request) -> Literal["stop", "length"] | None:
-        params = request.params
-        if request.tokens[-1] in self.stop_ids and not params.ignore_stop_tokens:
-            return "stop"
-        if params.stop and self.tokenizer is not None:
-            # a stop string that has just been completed lies within its own length, in tokens, of the end
-            longest = max(len(text.encode()) for text in params.stop)
-            tail = self.tokenizer.decode(request.tokens[-longest - 1 :])
-            if any(text in tail for text in params.stop):
-                return "stop"
-        return "length" if len(request.tokens) >= params.max_tokens else None
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, *, priority: int = 0,
+        deadline: float | None = None, sink: Callable[[Event], None] | None = None,
+    ) -> Request:
+        """Queues a request; `step` moves it on. Higher `priority` runs first. After `deadline` seconds it ends with
+        what it has. `sink` gets its events, in the thread that steps: it may submit and cancel, but not step.
 
-    def _stop_ids(self) -> frozenset[int]:
-        if self.tokenizer is not None:
-            return self.tokenizer.stop_ids
-        eos = self.model.config.eos_token_id
-        return frozenset(eos if isinstance(eos, tuple) else () if eos is None else (eos,))
+        Raises ValueError for an empty prompt, tokens outside the vocabulary, a length that the model's context or the
+        cache cannot hold, and stop strings or a grammar without a tokenizer."""
+        request = self._request(prompt, params or SamplingParams(), priority, deadline, sink)
+        self._send(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends the request with what it has, and frees what it holds; nothing happens if it is finished."""
+        if request.finish_reason is None:
+            request.is_cancelled = True
+            self._send(request)
+
+    def step(self) -> bool:
+        """One pass of the model. False if there was nothing to run."""
+        with self._lock:
+            self._take_in()
+            with self._recovery():
+                has_run = self.core.step()
+        self._settle()
+        return has_run
+
+    def stats(self) -> dict[str, Any]:
+        """Figures since the start, and what is there now: "cache_bytes" and "cache_used_bytes" by kind of layer,
+        "snapshot_bytes" (rings kept at the ends of prompts), "running", "waiting" and "kept" (finished, for a next
+        turn) requests, "passes", "tokens_run", "tokens_generated", "tokens_reused", "preemptions", and of speculation
+        "drafted" and "accepted" by draft position and "accept_length", mean tokens gained by a verification."""
+        with self._lock:
+            scheduler, cache, drafts = self.core.scheduler, self.runner.cache, self.core.lengths.acceptance
+            return vars(self.core.totals) | {
+                "cache_bytes": {kind: cache.bytes(kind) for kind in KINDS},
+                "cache_used_bytes": {kind: cache.used_bytes(kind) for kind in KINDS},
+                "snapshot_bytes": scheduler.snapshot_bytes(),
+                "running": len(scheduler.running),
+                "waiting": len(scheduler.requests) - len(scheduler.running),
+                "kept": len(scheduler.conversations.kept),
+                "preemptions": scheduler.preemptions,
+                "tokens_reused": scheduler.tokens_reused,
+                "drafted": list(drafts.drafted),
+                "accepted": list(drafts.accepted),
+                "accept_length": drafts.mean_length,
+            }
+
+    def update_weights(self, state: Mapping[str, Tensor] | None = None) -> None:
+        """Takes over new weights, in place: those of `state`, by their names in the model's state_dict (all or some),
+        or None where the model's own have been changed already. Requests that run go on under the new weights, their
+        keys and values computed anew; what they have generated, its log-probabilities and routes stay as they were.
+        What is kept of finished requests is dropped. Raises ValueError for an unknown name or another shape."""
+        with self._lock:
+            _load(self.model, state or {})
+            self.runner.refresh()
+            for request in self.core.scheduler.running[:]:
+                self.core.scheduler.preempt(request)
+            while self.core.scheduler.drop_kept():
+                pass
+
+    def close(self) -> None:
+        """Cancels everything, ends the thread of `events` and forgets what is kept. The engine takes no more."""
+        self._is_closed = True
+        with self._lock:
+            self._take_in()
+            for request in list(self.core.scheduler.requests):
+                self.core.finish(request, "cancelled")
+            while self.core.scheduler.drop_kept():
+                pass
+        if self._executor is not None:
+            self._executor.shutdown()
+
+    # -- requests come in -----------------------------------------------------------------------------------------
+
+    def _request(
+        self, prompt: Sequence[int], params: SamplingParams, priority: int = 0, deadline: float | None = None,
+        sink: Callable[[Event], None] | None = None, name: str = "the prompt",
+    ) -> Request:
+        if self._is_closed:
+            raise ValueError("this engine is closed: make another one")
+        config, text = self.model.config, list(map(int, prompt))
+        if not text:
+            raise ValueError(f"{name} is empty: give at least one token")
+        if not 0 <= min(text) <= max(text) < config.vocab_size:
+            raise ValueError(f"{name} has a token outside the vocabulary of {config.vocab_size}")
+        if self.tokenizer is None and params.stop:
+            raise ValueError("stop strings need a tokenizer: Engine(model, tokenizer)")
+        limit = min(params.max_tokens, config.max_position_embeddings - len(text))
+        if limit < 1:
+            raise ValueError(
+                f"{name} has {len(text)} tokens; the model's context of {config.max_position_embeddings} "
+                "(max_position_embeddings) leaves no room for an answer"
+            )
+        room = self.runner.cache.positions
+        if len(text) + limit > room:
+            raise ValueError(
+                f"{name} has {len(text)} tokens and up to {limit} follow, but the cache holds {room}: give more "
+                "cache_bytes, or fewer max_tokens"
+            )
+        state = self.core.row_state(text, params)
+        routes: Routes = np.empty((0, len(config.moe_layers), config.num_experts_per_tok), route_dtype(config))
+        return Request(
+            text, len(text), params, state, limit, routes, priority=priority, sink=sink, arrival=next(self._arrivals),
+            deadline=None if deadline is None else time.monotonic() + deadline,
+        )
+
+    def _send(self, request: Request) -> None:
+        self._inbox.append(request)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Takes the inbox in, unless another thread steps: then that one does, when it is through."""
+        while self._inbox and self._lock.acquire(blocking=False):
+            try:
+                self._take_in()
+            finally:
+                self._lock.release()
+
+    def _take_in(self) -> None:
+        with self._recovery():
+            while self._inbox:
+                request = self._inbox[0]  # stays until it is in: an interrupt loses nothing
+                if request.finish_reason is None:
+                    if request not in self.core.scheduler.requests:
+                        self.core.scheduler.add(request)
+                    if request.is_cancelled:
+                        self.core.finish(request, "cancelled")
+                self._inbox.popleft()
+
+    @contextmanager
+    def _recovery(self) -> Iterator[None]:
+        """After an exception, Ctrl-C too, all goes on from a state that is whole."""
+        try:
+            yield
+        except BaseException:
+            self.core.recover()
+            raise
+
+    # -- the thread of `events` -----------------------------------------------------------------------------------
+
+    def _drive(self) -> None:
+        """Sees to it that a thread steps as long as there are requests."""
+        with self._lock_of_executor:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="mimoflash-engine")
+            if not self._is_driven:
+                self._is_driven = True
+                self._executor.submit(self._step_until_idle)
+
+    def _step_until_idle(self) -> None:
+        while True:
+            try:
+                if self.step():
+                    continue
+            except Exception as error:
+                logging.getLogger(__name__).exception("a pass of the model failed: its requests end")
+                with self._lock:
+                    for request in list(self.core.scheduler.requests):
+                        request.error = f"{type(error).__name__}: {error}"
+                        self.core.finish(request, "error")
+            with self._lock_of_executor:
+                if not self._inbox and not self.core.scheduler.requests:
+                    self._is_driven = False
+                    return
+
+
+@torch.no_grad()
+def _load(model: Transformer, state: Mapping[str, Tensor]) -> None:
+    """Copies tensors into the model's own; nothing is changed where one does not fit."""
+    own = model.state_dict()
+    for name, tensor in state.items():
+        if name not in own:
+            raise ValueError(f"update_weights: the model has no tensor {name!r}")
+        if own[name].shape != tensor.shape:
+            raise ValueError(f"update_weights: {name} is {tuple(own[name].shape)} here, {tuple(tensor.shape)} there")
+    for name, tensor in state.items():
+        own[name].copy_(tensor)

@@ -41,6 +41,11 @@ class Layer(nn.Module):
 
 
 class MTP(nn.Module):
+    """The MTP layers, and the ids that they may draft (D,) int64, sorted (None: all): a head that asks about few tokens
+    is cheap."""
+
+    draft_tokens: Tensor | None = None  # no buffer: it is no part of the published format
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         layers = range(config.num_nextn_predict_layers)

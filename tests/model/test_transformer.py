@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from mimoflash.config import DENSE, GLOBAL, SPARSE, WINDOW, ModelConfig
-from mimoflash.engine.cache import HybridCache
 from mimoflash.model import Transformer
 
 transformers = pytest.importorskip("transformers")
@@ -118,23 +117,6 @@ def test_packed_documents_are_documents_alone(config, data):
             for k, (mine, alone) in enumerate(zip(drafts, model.mtp_logits(document), strict=True)):
                 meant = max(document.shape[1] - 1 - k, 0)
                 assert_close(mine[:, start : start + meant], alone[:, :meant], atol=1e-4, rtol=1e-4)
-
-
-@settings(max_examples=20)
-@given(configs(like_transformers=False), st.data())
-def test_cached_steps_of_any_size_equal_no_cache(config, data):
-    model = randomised(config)
-    length = data.draw(st.integers(1, 60))
-    cuts = sorted(data.draw(st.sets(st.integers(1, length), max_size=6)) | {length})
-    tokens = torch.randint(0, config.vocab_size, (2, length))
-    cache = HybridCache(config, rows=2)
-    with torch.no_grad():
-        want = model(tokens)
-        parts = []
-        for start, end in itertools.pairwise([0, *cuts]):
-            parts.append(model(tokens[:, start:end], cache=cache))
-            cache.advance(torch.full((2,), end))
-    assert_close(torch.cat(parts, 1), want, atol=1e-4, rtol=1e-4)
 
 
 def test_replayed_routes_give_the_same_logits_and_gradients_reach_the_router():

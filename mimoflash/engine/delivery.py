@@ -1,0 +1,31 @@
+"""Events on their way from the thread that steps to the event loops that wait for them."""
+
+import asyncio
+from collections import deque
+
+from mimoflash.engine.request import Event
+
+
+class Delivery:
+    """One event loop's: what several requests get in a step wakes the loop once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self._sent: deque[tuple[asyncio.Queue[Event], Event]] = deque()
+        self._is_called = False
+
+    def send(self, queue: asyncio.Queue[Event], event: Event) -> None:
+        """From any thread. What comes after its loop has closed is dropped."""
+        self._sent.append((queue, event))
+        if not self._is_called:
+            self._is_called = True
+            try:
+                self.loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # closed
+                self._sent.clear()
+
+    def _deliver(self) -> None:
+        self._is_called = False  # before the queue is emptied: what comes from now on calls again
+        while self._sent:
+            queue, event = self._sent.popleft()
+            queue.put_nowait(event)

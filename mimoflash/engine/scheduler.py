@@ -1,0 +1,237 @@
+"""Which requests run in the next pass, and what they have of the cache: admission, preemption, deadlines, reuse."""
+
+import bisect
+import heapq
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mimoflash.engine.cache import HybridCache
+from mimoflash.engine.request import FinishReason, Request, Routes
+from mimoflash.engine.reuse import BLOCK, Conversations, Prefix, SharedPrefixes
+
+PREFILL_TOKENS = 512  # of prompts in a pass: those that decode beside wait no longer than these take
+
+
+@dataclass
+class Plan:
+    """`decodes`: requests with one token to run, and how many drafts each may add; `chunks`: requests that read their
+    prompts, and how many tokens of them. All have the pages that they need."""
+
+    decodes: list[Request] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+    chunks: list[tuple[Request, int]] = field(default_factory=list)
+
+
+class Scheduler:
+    """Continuous batching. Everything is decided anew before each pass: first all that decode, then chunks of prompts,
+    by priority, then arrival. Where pages run out, the last in that order gives up its own and later runs its text
+    again from the start: nothing that it has generated is lost."""
+
+    def __init__(self, cache: HybridCache, *, share_prefixes: bool = False):
+        self.cache = cache
+        self.requests: dict[Request, None] = {}  # all that are not finished
+        self.running: list[Request] = []  # those with a slot, by `order`
+        self.waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; finished ones are dropped as they come up
+        self.deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self.conversations = Conversations(cache)
+        self.prefixes = SharedPrefixes(cache) if share_prefixes else None
+        self.blocked: Request | None = None  # the one that found no room in the last pass
+        self.preemptions = self.tokens_reused = 0
+
+    def add(self, request: Request) -> None:
+        if request.deadline is not None:
+            heapq.heappush(self.deadlines, (request.deadline, request.arrival, request))
+        self.requests[request] = None
+        heapq.heappush(self.waiting, (request.order, request))
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """The request is over. One that ended by itself keeps its slot for a next turn, until that is needed."""
+        request.finish_reason = reason
+        if request.slot >= 0:
+            self.running.remove(request)
+            request.run = min(request.run, len(request.text) - 1)  # drafts past a stop do not count
+            if reason in ("stop", "length"):
+                self.cache.truncate(request.slot, request.run)
+                self.conversations.keep(request)
+            else:
+                self.cache.free_slot(request.slot)
+                request.slot, request.snapshot = -1, None
+        del self.requests[request]
+
+    def expired(self) -> list[Request]:
+        """Requests whose deadline has come."""
+        late, now = [], time.monotonic()
+        while self.deadlines and self.deadlines[0][0] <= now:
+            request = heapq.heappop(self.deadlines)[2]
+            if request.finish_reason is None:
+                late.append(request)
+        return late
+
+    @property
+    def decoding(self) -> int:
+        """Requests that have one token to run."""
+        return sum(len(request.text) - request.run == 1 for request in self.running)
+
+    def plan(self, drafts: int) -> Plan:
+        """The next pass, where each that decodes may add up to `drafts` tokens."""
+        plan = Plan()
+        self._yield_to_priority()
+        for request in self.running[:]:
+            if request.slot < 0 or request.pending > 1:  # given up for one before it; reads its prompt
+                continue
+            wanted = min(drafts, request.limit - request.generated - 1) if request.run else 0
+            if request.run + 1 + wanted > self.cache.capacity(request.slot):
+                wanted = self._reserve(request, wanted)
+            if request.slot >= 0:
+                plan.decodes.append(request)
+                plan.drafts.append(wanted)
+        self._plan_chunks(plan)
+        return plan
+
+    def prompt_has_run(self, request: Request) -> None:
+        """To request.run, which is not after its end: keeps what later requests may go on from."""
+        if request.run == request.prompt_tokens and self.cache.has_rings:
+            request.snapshot = self.cache.snapshot(request.slot, request.run)
+        if self.prefixes:
+            self.prefixes.add(request)
+
+    def snapshot_bytes(self) -> int:
+        """Of the copies of rings at the ends of prompts and of shared blocks."""
+        kept = [request.snapshot for request in [*self.running, *self.conversations.kept]]
+        kept += [prefix.rings for prefix in self.prefixes.kept.values()] if self.prefixes else []
+        return sum(snapshot.nbytes for snapshot in kept if snapshot is not None)
+
+    def reset(self) -> None:
+        """Whatever happened: nothing is in the cache, all requests wait, with the text that they have."""
+        self.conversations.kept.clear()
+        if self.prefixes:
+            self.prefixes.kept.clear()
+        self.cache.clear()
+        self.running.clear()
+        for request in self.requests:  # also those that waited: nothing changes for them
+            request.slot, request.run, request.snapshot = -1, 0, None
+        self.waiting = [(request.order, request) for request in self.requests]
+        heapq.heapify(self.waiting)
+
+    # -- prompts --------------------------------------------------------------------------------------------------
+
+    def _plan_chunks(self, plan: Plan) -> None:
+        budget = PREFILL_TOKENS
+        for request in self.running:
+            if request.pending > 1 and budget:
+                budget -= self._plan_chunk(plan, request, budget)
+        while budget and (first := self._next_waiting()) is not None:
+            if not self._admit(first):
+                self.blocked = first
+                break
+            heapq.heappop(self.waiting)
+            bisect.insort(self.running, first, key=lambda each: each.order)
+            budget -= self._plan_chunk(plan, first, budget)
+
+    def _plan_chunk(self, plan: Plan, request: Request, budget: int) -> int:
+        count = min(request.pending, budget)
+        if request.run < request.prompt_tokens:
+            # passes end where the rings are copied: at the prompt's end, and where prefixes are shared
+            if self.cache.has_rings:
+                count = min(count, request.prompt_tokens - request.run)
+            if self.prefixes:
+                count = min(count, BLOCK - request.run % BLOCK)
+        plan.chunks.append((request, count))
+        return count
+
+    def _next_waiting(self) -> Request | None:
+        while self.waiting:
+            request = self.waiting[0][1]
+            if request.finish_reason is None:
+                return request
+            heapq.heappop(self.waiting)
+        return None
+
+    def _admit(self, request: Request) -> bool:
+        """A slot and pages for the request's text, and one more for each that runs: so that it is not the next to give
+        them up. False where there is not enough, even without what is kept of finished requests."""
+        earlier, length = self.conversations.find(request.text)
+        blocks: list[Prefix] = []
+        if earlier is not None:
+            self.conversations.kept.pop(earlier)  # not to be dropped now
+        elif self.prefixes:
+            blocks = self.prefixes.find(request)
+            length = len(blocks) * BLOCK
+        pages = [page for block in blocks for page in block.pages]
+        self.cache.retain(pages)
+        held = length if earlier is None else earlier.run  # positions; `resume` gives back those after `length`
+        missing = self.cache.pages_for(len(request.text) + 1) - self.cache.pages_for(held)
+        missing += len(self.running) if self.cache.has_pages else 0
+        if not self._make_room(slots=0 if earlier else 1, pages=missing):
+            self.cache.release(pages)
+            if earlier is not None:
+                self.conversations.keep(earlier)
+            return False
+        if earlier is not None:
+            slot, routes = self.conversations.resume(earlier, length), earlier.routes[:length]
+        else:
+            slot = self.cache.take_slot()
+            routes = np.concatenate([request.routes[:0], *(block.routes for block in blocks)])
+            self.cache.adopt(slot, pages)
+            if blocks:
+                self.cache.restore(slot, blocks[-1].rings)
+        reserved = self.cache.reserve(slot, len(request.text) + 1)
+        assert reserved, "room was made"
+        self._start(request, slot, length, routes)
+        return True
+
+    def _start(self, request: Request, slot: int, length: int, routes: Routes) -> None:
+        """The request goes on at `length`: what is before has been run for another, by these routes."""
+        request.slot, request.run = slot, length
+        if not len(request.routes):  # it has not run before
+            shape = request.prompt_tokens + request.limit, *request.routes.shape[1:]
+            request.routes = np.empty(shape, request.routes.dtype)
+            request.cached_tokens = length
+        self.tokens_reused += length
+        if length > request.routed:
+            request.routes[:length] = routes
+            request.routed = length
+
+    # -- room -----------------------------------------------------------------------------------------------------
+
+    def _reserve(self, request: Request, drafts: int) -> int:
+        """Pages for the next token and its drafts; returns how many drafts have room. The request may lose its slot."""
+        while not self.cache.reserve(request.slot, request.run + 1 + drafts):
+            if self.drop_kept():
+                continue
+            if drafts:
+                drafts = 0
+                continue
+            last = self.running[-1]
+            self.preempt(last)
+            if last is request:
+                break
+        return drafts
+
+    def preempt(self, request: Request) -> None:
+        """Its slot and pages are free; it waits, at the place that its priority and arrival give it."""
+        self.running.remove(request)
+        self.cache.free_slot(request.slot)
+        request.slot, request.run, request.snapshot = -1, 0, None
+        heapq.heappush(self.waiting, (request.order, request))
+        self.preemptions += 1
+
+    def _yield_to_priority(self) -> None:
+        """One request stops for one of higher priority that found no room in the last pass."""
+        blocked, self.blocked = self.blocked, None
+        if blocked is not None and blocked.finish_reason is None and self.running:
+            last = self.running[-1]
+            if last.priority < blocked.priority:
+                self.preempt(last)
+
+    def _make_room(self, *, slots: int, pages: int) -> bool:
+        while self.cache.free_slots < slots or self.cache.free_pages < pages:
+            if not self.drop_kept():
+                return False
+        return True
+
+    def drop_kept(self) -> bool:
+        """Gives up what is kept of one finished request; False if there is nothing."""
+        return self.conversations.drop() or (self.prefixes is not None and self.prefixes.drop())

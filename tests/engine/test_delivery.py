@@ -1,0 +1,193 @@
+"""The engine under event loops."""
+
+import asyncio
+import threading
+
+import pytest
+import torch
+
+from mimoflash.config import ModelConfig
+from mimoflash.engine import Engine, NewTokens, Output, SamplingParams
+from mimoflash.engine.delivery import Delivery
+from mimoflash.model import Transformer
+
+CONFIG = ModelConfig.tiny(num_nextn_predict_layers=2, initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return Transformer(CONFIG).eval()
+
+
+def params(seed, max_tokens=20):
+    return SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=seed)
+
+
+async def collect(engine, prompt, its_params, **arguments):
+    events = [event async for event in engine.events(prompt, its_params, **arguments)]
+    assert all(isinstance(event, NewTokens) and event.tokens for event in events[:-1])
+    output = events[-1]
+    assert isinstance(output, Output)
+    assert [token for event in events[:-1] for token in event.tokens] == output.tokens
+    assert [logp for event in events[:-1] for logp in event.logprobs] == output.logprobs
+    return output
+
+
+def test_many_at_once_get_what_generate_gives(model):
+    prompts = [[i, i + 1, i + 2] * (1 + i) for i in range(12)]
+    engine = Engine(model, speculate=2, max_running=5)
+
+    async def all_of_them():
+        return await asyncio.gather(*(collect(engine, p, params(i)) for i, p in enumerate(prompts)))
+
+    for _ in range(2):  # one loop after the other
+        outputs = asyncio.run(all_of_them())
+        want = Engine(model).generate(prompts, [params(i) for i in range(12)])
+        assert [o.tokens for o in outputs] == [o.tokens for o in want]
+    engine.close()
+
+
+def test_the_loop_goes_on_while_a_pass_runs(model):
+    engine, started, release = Engine(model), threading.Event(), threading.Event()
+    forward = engine.runner.forward
+
+    def slow(step):
+        started.set()
+        assert release.wait(20)
+        return forward(step)
+
+    engine.runner.forward = slow
+
+    async def run():
+        task = asyncio.create_task(collect(engine, [1, 2, 3], params(0)))
+        while not started.is_set():
+            await asyncio.sleep(0.001)
+        second = asyncio.create_task(collect(engine, [4, 5], params(1)))  # comes while the lock is held
+        await asyncio.sleep(0)
+        third = engine.submit([6], params(2))
+        engine.cancel(third)
+        release.set()
+        return await task, await second, third
+
+    first, second, third = asyncio.run(run())
+    want = Engine(model).generate([[1, 2, 3], [4, 5]], [params(0), params(1)])
+    assert [first.tokens, second.tokens] == [o.tokens for o in want]
+    assert third.finish_reason == "cancelled"
+    engine.close()
+
+
+@pytest.mark.parametrize("how", ["aclose", "task"])
+def test_closing_the_iterator_cancels(model, how):
+    engine = Engine(model)
+
+    async def use():
+        events = engine.events([1, 2, 3], params(0, 900))
+        await anext(events)
+        await anext(events)
+        await events.aclose()
+
+    async def forever():
+        async for _ in engine.events([1, 2, 3], params(0, 900)):
+            reached.set()
+
+    async def run():
+        if how == "aclose":
+            await use()
+        else:
+            task = asyncio.create_task(forever())
+            await reached.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        while engine.stats()["running"] or engine.stats()["waiting"]:
+            await asyncio.sleep(0.001)
+
+    reached = asyncio.Event()
+    asyncio.run(asyncio.wait_for(run(), 30))
+    stats = engine.stats()
+    assert stats["kept"] == 0
+    assert sum(stats["cache_used_bytes"].values()) == 0
+    engine.close()
+
+
+def test_a_deadline_and_priorities(model):
+    engine = Engine(model, max_running=1)
+
+    async def run():
+        late = asyncio.create_task(collect(engine, [1, 2], params(0, 900), deadline=0.05))
+        await asyncio.sleep(0)
+        low = asyncio.create_task(collect(engine, [3], params(1)))
+        high = asyncio.create_task(collect(engine, [4], params(2), priority=1))
+        order = []
+        for name, task in (("late", late), ("low", low), ("high", high)):
+            task.add_done_callback(lambda _, name=name: order.append(name))
+        return await asyncio.gather(late, low, high), order
+
+    (late, low, high), order = asyncio.run(run())
+    assert late.finish_reason == "deadline"
+    assert low.finish_reason == high.finish_reason == "length"
+    assert order.index("high") < order.index("low")
+    engine.close()
+
+
+def test_a_pass_that_fails_ends_its_requests_and_the_engine_goes_on(model, caplog):
+    engine = Engine(model)
+    forward, calls = engine.runner.forward, []
+
+    def failing(step):
+        calls.append(step)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return forward(step)
+
+    engine.runner.forward = failing
+    broken = asyncio.run(collect(engine, [1, 2, 3], params(0)))
+    assert (broken.finish_reason, broken.error) == ("error", "RuntimeError: out of memory")
+    assert len(broken.tokens) == 2
+    assert "a pass of the model failed" in caplog.text
+    good = asyncio.run(collect(engine, [1, 2, 3], params(0)))
+    assert good.tokens == Engine(model).generate([[1, 2, 3]], params(0))[0].tokens
+    assert good.tokens[:2] == broken.tokens
+    engine.close()
+
+
+def test_bad_requests_are_named_at_once(model):
+    async def run():
+        async for _ in Engine(model).events([]):
+            pass
+
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        asyncio.run(run())
+
+
+def test_an_engine_may_be_stepped_beside_its_thread(model):
+    engine = Engine(model)
+
+    async def run():
+        task = asyncio.create_task(collect(engine, [1, 2, 3], params(0, 60)))
+        await asyncio.sleep(0)
+        outputs = await asyncio.to_thread(engine.generate, [[4], [5]], params(1))
+        return await task, outputs
+
+    first, others = asyncio.run(run())
+    want = Engine(model).generate([[1, 2, 3], [4], [5]], [params(0, 60), params(1), params(1)])
+    assert [o.tokens for o in (first, *others)] == [o.tokens for o in want]
+    engine.close()
+
+
+def test_events_wake_the_loop_once_a_step_and_a_closed_loop_does_no_harm():
+    loop, calls = asyncio.new_event_loop(), []
+    delivery, queue = Delivery(loop), asyncio.Queue()
+    wake = loop.call_soon_threadsafe
+    loop.call_soon_threadsafe = lambda *args: (calls.append(args), wake(*args))
+    events = [NewTokens([i], [0.0], []) for i in range(5)]
+    for event in events:
+        delivery.send(queue, event)
+    loop.run_until_complete(asyncio.sleep(0))
+    assert len(calls) == 1
+    assert [queue.get_nowait() for _ in events] == events
+    loop.close()
+    for event in events:
+        delivery.send(queue, event)
+    assert queue.empty()
