@@ -48,7 +48,8 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Where the run is kept; runs/NAME if not given.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run that is there.")] = False,
 ) -> None:
-    """Run a recipe's stages: tokenizer, pretrain, sft, evaluate."""
+    """Run a recipe's stages in order: demo (tokenizer, pretrain, sft, evaluate), smol-mtp (generate, first, mtp,
+    evaluate)."""
     _run(recipe, out or Path("runs") / Path(recipe).stem, only=only, changes=change or [], resume=resume)
 
 
@@ -58,7 +59,9 @@ def _run(recipe: str, out: Path, *, only: str | None, changes: list[str], resume
         from mimoflash.recipe import load_recipe
 
         runs.run(load_recipe(recipe, changes), out, only=only, resume=resume, say=typer.echo)
-        typer.echo(f"{out / 'summary.json'}\n{out / 'report.html'}")
+        for file in ("summary.json", "report.html"):
+            if (out / file).exists():
+                typer.echo(str(out / file))
 
 
 @app.command()
@@ -106,7 +109,10 @@ def convert(
     source: Annotated[str, typer.Argument(help="A model, as for chat.")],
     target: Annotated[Path, typer.Argument(help="The folder or .gguf file to write.")],
     format: Annotated[Literal["hf", "gguf"], typer.Option(help="Published safetensors, or GGUF for llama.cpp.")] = "hf",
-    dtype: Annotated[Literal["fp8", "bf16", "float32"], typer.Option(help="Of the weights.")] = "bf16",
+    dtype: Annotated[
+        Literal["fp8", "bf16", "float32", "q8_0", "q4_1"],
+        typer.Option(help="Of the weights; fp8 is for hf, q8_0 and q4_1 for gguf."),
+    ] = "bf16",
 ) -> None:
     """Write a model in another format."""
     with _user_errors():
@@ -116,20 +122,86 @@ def convert(
         typer.echo(str(target))
 
 
+Peer = Annotated[str | None, typer.Option(help="llama.cpp or transformers: run beside ours, in turn.")]
+Shape = Annotated[
+    str, typer.Option(help="nano, small, a config.json (random weights); smol, a model, a run's folder (its own).")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of the weights: float32, bf16, int8, int4; float32 if not given, int4 for smol.")
+]
+Streams = Annotated[int, typer.Option(help="Requests in flight at once.")]
+Pairs = Annotated[int, typer.Option(help="Times each side runs.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures there.")]
+
+
 @bench_app.command("train")
 def bench_train(
     peer: Annotated[Literal["transformers"] | None, typer.Option(help="Run this beside ours, in turn.")] = None,
     shape: Annotated[str, typer.Option(help="nano, small, or a config.json.")] = "nano",
     batch: Annotated[int, typer.Option(help="Rows a step.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
-    pairs: Annotated[int, typer.Option(help="Times each side runs.")] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
+    pairs: Pairs = 5, json_file: Json = None,
 ) -> None:
     """Training steps: tokens a second, share of the matmul peak, and the ratio to the peer."""
     with _user_errors():
         from mimoflash.benchmarks.training import bench_training
 
         bench_training(shape, peer=peer, batch=batch, length=length, pairs=pairs, json_file=json_file, say=typer.echo)
+
+
+@bench_app.command("decode")
+def bench_decode(
+    peer: Peer = None, shape: Shape = "nano", dtype: Dtype = None, streams: Streams = 1,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Random prompts of so many tokens, may be given again; else a model's own.")
+    ] = None,
+    speculate: Annotated[int, typer.Option(help="Tokens drafted a step by MTP layers, 0 to 3.")] = 0,
+    tokens: Annotated[int, typer.Option(help="At most so many new tokens a request.")] = 128,
+    prompts: Annotated[Path | None, typer.Option(help="What a model is asked: .txt lines, .json messages.")] = None,
+    pairs: Pairs = 5, json_file: Json = None,
+) -> None:
+    """Tokens a second after the first, and the ratio to the peer on the same weights."""
+    with _user_errors():
+        from mimoflash.benchmarks.decode import bench_decode as bench
+
+        if (Path(shape) / "recipe.json").exists():
+            from mimoflash.run import find_model
+
+            own = Path(shape) / "evaluate" / "conversations.json"  # held-out tasks
+            prompts = own if not (prompts or context) and own.exists() else prompts
+            shape = str(find_model(shape))
+        bench(
+            shape, peer=peer, dtype=dtype, streams=streams, contexts=context or [], speculate=speculate,
+            tokens=tokens, pairs=pairs, prompts=prompts, json_file=json_file, say=typer.echo,
+        )
+
+
+@bench_app.command("prefill")
+def bench_prefill(
+    peer: Peer = None, shape: Shape = "nano", dtype: Dtype = None, streams: Streams = 1,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens of a prompt, may be given again; else 512.")] = None,
+    pairs: Pairs = 5, json_file: Json = None,
+) -> None:
+    """Prompt tokens a second until the first new one, and the ratio to the peer on the same weights."""
+    with _user_errors():
+        from mimoflash.benchmarks.prefill import bench_prefill as bench
+
+        bench(
+            shape, peer=peer, dtype=dtype, streams=streams, contexts=context or [512], pairs=pairs,
+            json_file=json_file, say=typer.echo,
+        )
+
+
+@bench_app.command("cache")
+def bench_cache(
+    shape: Annotated[str, typer.Option(help="nano, small, flash (the published model), or a config.json.")] = "flash",
+    json_file: Json = None,
+) -> None:
+    """Memory of the cache at 1,024 to 262,144 tokens, beside the formula and beside global layers only."""
+    with _user_errors():
+        from mimoflash.benchmarks.cache import bench_cache as bench
+
+        bench(shape, json_file=json_file, say=typer.echo)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Training speed: the same steps by our code and by transformers, one process each, in turn."""
+"""Training speed: the same steps by our code and by transformers, in turn."""
 
-import json
-import platform
+import contextlib
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mimoflash.benchmarks.pairs import Side, answer_requests, compare, described, machine, run_in_turn, write_results
+from mimoflash.benchmarks.peers import check_peer
+from mimoflash.benchmarks.subject import shape_file
 from mimoflash.config import ModelConfig
 from mimoflash.data import Batch
 from mimoflash.model import Transformer
@@ -19,8 +20,7 @@ from mimoflash.train.losses import language_model_loss
 from mimoflash.train.monitor import matmul_peak
 from mimoflash.train.trainer import Trainer
 
-SHAPES = Path(__file__).parent / "shapes"
-STEPS = 5  # measured steps a process, after one to warm up; their median counts
+STEPS = 5  # measured steps a side and pair; their median counts
 
 
 def bench_training(
@@ -33,53 +33,23 @@ def bench_training(
     (`ModelConfig.flops_per_token`) against a matmul of 2048 measured in the same process. Raises ValueError for a
     shape that is not there.
     """
-    file = _shape_file(shape)
-    ours, theirs, mfus = [], [], []
-    for pair in range(pairs):
-        mine = _measure("ours", file, batch, length)
-        ours.append(mine["tokens_per_second"])
-        mfus.append(mine["mfu"])
-        line = f"{pair + 1}/{pairs}  ours {ours[-1]:,.0f} tok/s, {mfus[-1]:.0%} of the matmul peak"
-        if peer:
-            theirs.append(_measure(peer, file, batch, length)["tokens_per_second"])
-            line += f"; {peer} {theirs[-1]:,.0f} tok/s; ratio {ours[-1] / theirs[-1]:.2f}"
-        say(line)
-    ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
-    result = {
-        "ours": statistics.median(ours), "peer": statistics.median(theirs) if theirs else None,
-        "ratio": statistics.median(ratios) if ratios else None,
-        "spread": [min(ratios), max(ratios)] if ratios else None, "unit": "tokens/s", "shape": shape,
-        "dtype": "float32", "streams": batch, "context": length, "mfu": statistics.median(mfus), "machine": machine(),
+    check_peer(peer, "float32", speculate=0)
+    settings = {"file": str(shape_file(shape)), "batch": batch, "length": length}
+    with contextlib.ExitStack() as stack:
+        sides = {"ours": "ours"} | ({"peer": peer} if peer else {})
+        opened = {name: stack.enter_context(Side(__name__, side=side, **settings)) for name, side in sides.items()}
+        results = run_in_turn({name: partial(_measure, side) for name, side in opened.items()}, pairs, say, "tok/s")
+    result = compare(results["ours"], results.get("peer", [])) | {
+        "unit": "tokens/s", "shape": shape, "dtype": "float32", "streams": batch, "context": length,
+        "mfu": statistics.median(one["mfu"] for one in results["ours"]), "machine": machine(),
     }
-    say(f"median: {result['ours']:,.0f} tok/s, {result['mfu']:.0%} of the matmul peak" + (
-        f", {result['ratio']:.2f} x {peer} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
-    ))
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+    say(f"{described(result, peer)}; {result['mfu']:.0%} of the matmul peak")
+    write_results([result], json_file)
     return result
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
-
-
-def _shape_file(shape: str) -> Path:
-    file = SHAPES / f"{shape}.json"
-    file = file if file.exists() else Path(shape)
-    if not file.exists():
-        known = ", ".join(sorted(known.stem for known in SHAPES.glob("*.json")))
-        raise ValueError(f"--shape {shape}: it must be one of {known}, a config.json, or a folder with one")
-    return file
-
-
-def _measure(side: str, file: Path, batch: int, length: int) -> dict[str, float]:
-    command = [sys.executable, "-m", __name__, side, str(file), str(batch), str(length)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"the {side} side failed:\n{done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def _measure(side: Side, pair: int) -> dict[str, Any]:
+    return side.ask()
 
 
 def _our_step(config: ModelConfig, tokens: torch.Tensor) -> Callable[[], object]:
@@ -90,10 +60,8 @@ def _our_step(config: ModelConfig, tokens: torch.Tensor) -> Callable[[], object]
 
 
 def _transformers_step(file: Path, tokens: torch.Tensor) -> Callable[[], object]:
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError("the peer needs transformers: pip install -e '.[peers]'") from None
+    import transformers
+
     config = transformers.AutoConfig.from_pretrained(file)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -107,21 +75,26 @@ def _transformers_step(file: Path, tokens: torch.Tensor) -> Callable[[], object]
     return step
 
 
-def _side(side: str, file: Path, batch: int, length: int) -> None:
+def _open_side(settings: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     torch.manual_seed(0)
+    file, shape = Path(settings["file"]), (settings["batch"], settings["length"])
     config = ModelConfig.load(file)
-    tokens = torch.randint(0, config.vocab_size, (batch, length))
-    step = _our_step(config, tokens) if side == "ours" else _transformers_step(file, tokens)
-    step()
-    seconds = []
-    for _ in range(STEPS):
-        begin = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - begin)
-    rate = batch * length / statistics.median(seconds)
-    mfu = rate * 3 * config.flops_per_token(length) / matmul_peak()
-    print(json.dumps({"tokens_per_second": rate, "mfu": mfu}))
+    tokens = torch.randint(0, config.vocab_size, shape)
+    step = _our_step(config, tokens) if settings["side"] == "ours" else _transformers_step(file, tokens)
+    step()  # the first one allocates
+
+    def measure() -> dict[str, Any]:
+        seconds = []
+        for _ in range(STEPS):
+            begin = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - begin)
+        rate = tokens.numel() / statistics.median(seconds)
+        matmul_peak.cache_clear()  # of now: machines drift
+        return {"rate": rate, "mfu": rate * 3 * config.flops_per_token(shape[1]) / matmul_peak()}
+
+    return measure
 
 
 if __name__ == "__main__":
-    _side(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    answer_requests(_open_side)

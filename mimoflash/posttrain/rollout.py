@@ -53,7 +53,7 @@ def play_tasks(
 
 def _params_of(params: SamplingParams, seed: int, turn: int) -> SamplingParams:
     """Each rollout and turn draws for itself, and the same each time."""
-    return params if params.seed is None else replace(params, seed=hash((params.seed, seed, turn)))
+    return params if params.seed is None else replace(params, seed=hash((params.seed, seed, turn)) % 2**64)
 
 
 def _begin(rollout: Rollout, environment: Environment, tokenizer: Tokenizer, thinking: bool) -> None:
@@ -83,7 +83,7 @@ def _advance(
         return
     rollout.reward += step.reward
     rollout.info = dict(step.info)
-    rollout.done = step.done or output.finish_reason == "length"  # cut off: there is no end token to go on from
+    rollout.done = step.done or output.finish_reason != "stop"  # cut off: there is no end token to go on from
     if rollout.done:
         return
     before = render_chat(tokenizer, rollout.messages, rollout.tools, generation_prompt=False, enable_thinking=thinking)

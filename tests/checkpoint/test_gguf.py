@@ -44,13 +44,17 @@ def run_llama_cpp(file, prompt, n, drafts=0):
     return [t["id"] for t in content], torch.tensor([t["logprob"] for t in content]), answer["timings"]
 
 
+DENSE_ONLY = dict(mlp_layer_types=(DENSE,) * 4, n_routed_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)
+LLAMA = DENSE_ONLY | dict(layer_types=(GLOBAL,) * 4, partial_rotary_factor=1.0, attention_value_scale=1.0)
 CASES = {
     "family": dict(num_nextn_predict_layers=2),
     "scaled": dict(routed_scaling_factor=2.5, attention_value_scale=1.0, partial_rotary_factor=0.5),
     "no sinks, many kv heads": dict(swa_sink=False, num_key_value_heads=2, swa_num_key_value_heads=4),
     "sinks everywhere, tied": dict(global_sink=True, tie_word_embeddings=True),
-    "dense": dict(mlp_layer_types=(DENSE,) * 4, n_routed_experts=0, num_experts_per_tok=0, moe_intermediate_size=0),
+    "dense": DENSE_ONLY,
     "window only": dict(layer_types=(WINDOW,) * 4),
+    "llama": LLAMA,
+    "llama, tied": LLAMA | dict(tie_word_embeddings=True, num_key_value_heads=2),
 }
 
 
@@ -64,6 +68,7 @@ def test_llama_cpp_writes_the_same_tokens(tmp_path, make_model, case):
     logits = model(torch.tensor([prompt + theirs]))[0, len(prompt) - 1 : -1]
     ours = logits.log_softmax(-1)
     assert (ours.gather(1, torch.tensor(theirs)[:, None])[:, 0] - logprobs).abs().max() < 2e-5
+    logits[:, 309] = -torch.inf  # the end token, which ignore_eos forbids
     assert logits.argmax(-1).tolist() == theirs
 
 
@@ -87,7 +92,10 @@ def test_llama_cpp_accepts_the_same_drafts(tmp_path, make_model):
     assert (timings["draft_n"], timings["draft_n_accepted"]) == (drafted, accepted)
 
 
-@pytest.mark.parametrize(("dtype", "step"), [("float32", 0), ("bf16", 2**-8), ("float16", 2**-10), ("q8_0", 2**-6)])
+@pytest.mark.parametrize(
+    ("dtype", "step"),
+    [("float32", 0), ("bf16", 2**-8), ("float16", 2**-10), ("q8_0", 2**-6), ("q4_1", 1 / 14)],  # of 15 steps, half
+)
 def test_what_we_write_we_read(tmp_path, make_model, dtype, step):
     model = make_model(num_nextn_predict_layers=2, intermediate_size=80, global_sink=True)  # 80: no multiple of 32
     save_gguf(model, tmp_path / "m.gguf", dtype=dtype)
@@ -98,11 +106,22 @@ def test_what_we_write_we_read(tmp_path, make_model, dtype, step):
     assert loaded.config.attention(GLOBAL).rope_dim == model.config.attention(GLOBAL).rope_dim
     for (name, a), b in zip(published_tensors(loaded).items(), published_tensors(model).values(), strict=True):
         exact = a.dim() == 1 or name.endswith("mlp.gate.weight")
-        bound = b.abs().amax(-1, keepdim=True) if dtype == "q8_0" else b.abs()
+        bound = b.abs().amax(-1, keepdim=True) if dtype in ("q8_0", "q4_1") else b.abs()
         assert ((a - b).abs() <= (0 if exact else step) * bound + 2**-24 * (not exact)).all(), name
     stored = {"bf16": torch.bfloat16, "float16": torch.float16}.get(dtype, torch.float32)
     assert load_model(tmp_path / "m.gguf").lm_head.weight.dtype == stored
     assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("changes", [LLAMA, LLAMA | dict(tie_word_embeddings=True)])
+def test_a_llama_file_comes_back_as_it_was(tmp_path, make_model, changes):
+    model = make_model(**SHAPE | changes)
+    save_gguf(model, tmp_path / "m.gguf", dtype="float32")
+    loaded = load_model(tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_bytes().find(b"llama.block_count") > 0
+    assert loaded.config.tie_word_embeddings == model.config.tie_word_embeddings
+    for a, b in zip(published_tensors(loaded).values(), published_tensors(model).values(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16", "F32"])
@@ -211,7 +230,12 @@ def test_models_that_the_format_cannot_hold(tmp_path, make_model):
         (dict(swa_head_dim=16, partial_rotary_factor=0.5), "swa_head_dim is 16 and head_dim 24"),
         (dict(swa_num_attention_heads=8), "swa_num_attention_heads is 8 and num_attention_heads 4"),
         (dict(norm_topk_prob=False), "norm_topk_prob is false"),
-        (dict(layer_types=(GLOBAL,) * 4), "at least one window layer"),
+        (dict(layer_types=(GLOBAL,) * 4), "without window layers.*but mlp_layer_types has sparse layers"),
+        (LLAMA, "but v_head_dim is 16 and head_dim 24"),
+        (SHAPE | LLAMA | dict(global_sink=True), "but global_sink is true"),
+        (SHAPE | LLAMA | dict(partial_rotary_factor=0.5), "but partial_rotary_factor is 0.5"),
+        (SHAPE | LLAMA | dict(attention_value_scale=0.7), "but attention_value_scale is 0.7"),
+        (SHAPE | LLAMA | dict(num_nextn_predict_layers=2), "but num_nextn_predict_layers is 2"),
     ):
         with pytest.raises(ValueError, match=message):
             save_gguf(make_model(**changes), tmp_path / "m.gguf")
