@@ -1,21 +1,25 @@
-"""A recipe: what a run makes, from a TOML file, checked before anything starts."""
+"""A recipe: what a run makes, from a TOML file, checked before anything starts.
+
+There are two kinds: a model from nothing (`Recipe`), and MTP layers for a model that is there (`HeadsRecipe`).
+"""
 
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator, with_config
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator, with_config
 
 from mimoflash.config import ModelConfig
 from mimoflash.data import DomainSource, FolderSource, StdlibSource
+from mimoflash.posttrain import ConversationSettings
 from mimoflash.text import Tokenizer
-from mimoflash.train import StageSettings
+from mimoflash.train import HeadsSettings, StageSettings
 from mimoflash.world import domain
 
 RECIPES = Path(__file__).parent / "recipes"
 
 _STRICT = ConfigDict(extra="forbid")
-for _settings in (StageSettings, FolderSource, StdlibSource, DomainSource):
+for _settings in (StageSettings, FolderSource, StdlibSource, DomainSource, ConversationSettings, HeadsSettings):
     with_config(_STRICT)(_settings)
 
 Positive = Annotated[int, Field(gt=0)]
@@ -79,9 +83,38 @@ class Recipe(BaseModel):
         return found
 
 
-def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe:
+class DraftSettings(BaseModel):
+    """The first `prompts` held-out conversations' first questions, answered greedily by at most `max_tokens`."""
+
+    model_config = _STRICT
+    prompts: Positive = 64
+    max_tokens: Positive = 128
+
+
+class HeadsRecipe(BaseModel):
+    """MTP layers for `model` (a name, a folder or a .gguf file, as for chat), from conversations that it writes with
+    itself. `first` trains few layers (one, as pre-training does), `mtp` adds more and trains all (arXiv 2601.02780)."""
+
+    model_config = _STRICT
+    name: str
+    seed: int = 0
+    model: str
+    generate: ConversationSettings
+    first: HeadsSettings
+    mtp: HeadsSettings
+    evaluate: DraftSettings = DraftSettings()
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        if self.first.layers > self.mtp.layers:
+            raise ValueError(f"first.layers is {self.first.layers}, but mtp.layers {self.mtp.layers}: layers are added")
+        return self
+
+
+def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe | HeadsRecipe:
     """Reads a recipe (a .toml file, or the name of one that the package has) with `key=value` changes, where a key is
-    dotted (`pretrain.tokens=1000`). Raises ValueError naming file and key."""
+    dotted (`pretrain.tokens=1000`). Whoever names a model wants heads for it; `[model]` describes a new one. Raises
+    ValueError naming file and key."""
     file = Path(path)
     if not file.suffix and not file.exists():
         file = RECIPES / f"{path}.toml"
@@ -101,7 +134,7 @@ def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe:
         if isinstance(source, dict):
             source["name"] = name
     try:
-        return TypeAdapter(Recipe).validate_python(raw)
+        return (HeadsRecipe if isinstance(raw.get("model"), str) else Recipe).model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{file}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None

@@ -1,4 +1,8 @@
-"""A recipe and its stages in order: tokenizer, pretrain, sft, evaluate. Each stage is done once and can be resumed."""
+"""A recipe and its stages in order. Each stage is done once and can be resumed.
+
+A new model: tokenizer, pretrain, sft, evaluate. MTP layers for one that is there: generate, first, mtp,
+evaluate.
+"""
 
 import json
 import os
@@ -8,32 +12,41 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from mimoflash.checkpoint import load_model, resolve, save_gguf, save_model
+from mimoflash.checkpoint import load_heads, load_model, resolve, save_gguf, save_model
 from mimoflash.data import Prepared, is_held_out_document, open_prepared, prepare, read_documents
 from mimoflash.engine import Engine, SamplingParams
 from mimoflash.engine.speculation import replay_speculation
+from mimoflash.kernels import native
 from mimoflash.model import Transformer
-from mimoflash.posttrain import Rollout, play_tasks
-from mimoflash.recipe import Recipe, model_config
+from mimoflash.posttrain import Rollout, play_tasks, read_conversations, write_conversations
+from mimoflash.posttrain.heads import HEADS, make_heads, measure_heads
+from mimoflash.recipe import HeadsRecipe, Recipe, model_config
 from mimoflash.report import write_report
 from mimoflash.text import Tokenizer, load_tokenizer, render_chat, train_tokenizer
-from mimoflash.train import StageSettings, train_stage
+from mimoflash.train import HeadsSettings, StageSettings, train_stage
 from mimoflash.train.monitor import fastest_dtype, matmul_peak
 from mimoflash.world import domain, seeds
 
-STAGES = ("tokenizer", "pretrain", "sft", "evaluate")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Kind = TypeVar("Kind", Recipe, HeadsRecipe)
+Say = Callable[[str], None]
+
 
 @dataclass
-class Run:
-    """A run's folder: recipe.json, tokenizer/, data/, a folder for each stage with done.json, summary.json."""
+class Run(Generic[Kind]):
+    """A run's folder: recipe.json, a folder for each stage with done.json, summary.json; of a new model tokenizer/ and
+    data/ too."""
 
-    recipe: Recipe
+    recipe: Kind
     out: Path
+
+    @property
+    def stages(self) -> "dict[str, Callable[[Any, Say], dict[str, Any]]]":
+        return STAGES[type(self.recipe)]
 
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.out / "tokenizer")
@@ -55,7 +68,8 @@ class Run:
 
     def begin(self, stage: str) -> None:
         """From now on neither this stage nor one after it counts as done."""
-        for later in STAGES[STAGES.index(stage) :]:
+        names = list(self.stages)
+        for later in names[names.index(stage) :]:
             (self.out / later / "done.json").unlink(missing_ok=True)
 
     def finish(self, stage: str, result: dict[str, Any]) -> None:
@@ -64,20 +78,19 @@ class Run:
 
 
 def run(
-    recipe: Recipe, out: str | Path, *, only: str | None = None, resume: bool = False,
-    say: Callable[[str], None] = print,
+    recipe: Recipe | HeadsRecipe, out: str | Path, *, only: str | None = None, resume: bool = False, say: Say = print
 ) -> Path:
-    """Runs the stages (or `only` one) into the folder `out` and writes summary.json and report.html there.
+    """Runs the stages (or `only` one) into the folder `out` and writes summary.json there, of a new model report.html.
 
     With `resume` finished stages are kept and a broken-off one goes on where it was. Raises ValueError if `out` holds
     a run and `resume` is not given, or a run of another recipe, or if `only` needs a stage that has not been run.
     """
-    if only is not None and only not in STAGES:
-        raise ValueError(f"there is no stage {only!r}; the stages are {', '.join(STAGES)}")
+    stages = STAGES[type(recipe)]
+    if only is not None and only not in stages:
+        raise ValueError(f"there is no stage {only!r}; the stages are {', '.join(stages)}")
     this = open_run(recipe, Path(out), resume or only is not None)
     say(f"{recipe.name}: {matmul_peak() / 1e9:.0f} GFLOP/s in float32 matmul on {torch.get_num_threads()} threads")
-    stages = {"tokenizer": _tokenizer, "pretrain": _pretrain, "sft": _sft, "evaluate": _evaluate}
-    for stage in STAGES if only is None else (only,):
+    for stage in stages if only is None else (only,):
         if this.result(stage) is not None and only is None:
             say(f"{stage}: done before")
             continue
@@ -86,12 +99,13 @@ def run(
         result = stages[stage](this, say)
         this.finish(stage, {"seconds": time.monotonic() - begin} | result)
         write_json(this.out / "summary.json", summary(this))
-        write_report(this.out)
+        if isinstance(recipe, Recipe):
+            write_report(this.out)
         say(f"{stage}: {time.monotonic() - begin:.0f} s")
     return this.out
 
 
-def open_run(recipe: Recipe, out: Path, resume: bool) -> Run:
+def open_run(recipe: Recipe | HeadsRecipe, out: Path, resume: bool) -> Run[Any]:
     """The run in `out`, begun if there is none."""
     described = json.loads(recipe.model_dump_json())
     file = out / "recipe.json"
@@ -101,7 +115,7 @@ def open_run(recipe: Recipe, out: Path, resume: bool) -> Run:
         stored = json.loads(file.read_text())
         if stored != described:
             changed = sorted(key for key in stored | described if stored.get(key) != described.get(key))
-            begun = [key for key in changed if key not in STAGES or (out / key).exists()]
+            begun = [key for key in changed if key not in STAGES[type(recipe)] or (out / key).exists()]
             if begun:
                 raise ValueError(f"{out} holds a run of another recipe ({begun[0]} differs): give another --out")
             write_json(file, described)  # what differs are stages that have not begun
@@ -112,12 +126,20 @@ def open_run(recipe: Recipe, out: Path, resume: bool) -> Run:
     return Run(recipe, out)
 
 
-def open_model(name: str) -> tuple[Transformer, Tokenizer]:
-    """The model that `name` means (see `find_model`) with its tokenizer, ready to run: in the weights it is stored in,
-    or in float32 where the machine is slow at bfloat16."""
+def open_engine(name: str, *, dtype: str | None = None, speculate: int | None = None) -> Engine:
+    """An engine for the model that `name` means (see `find_model`), with its tokenizer. By default all its MTP layers
+    draft, and weights are as they are stored: of a GGUF file with about 4 or 8 bits each, in int4 or int8; in float32
+    where the machine is slow at what it is. Raises ValueError as Engine does."""
     place = find_model(name)
-    dtype = "float32" if fastest_dtype(DEVICE) == torch.float32 else None
-    return load_model(place, dtype=dtype, device=DEVICE), load_tokenizer(place)
+    on_cpu = DEVICE == "cpu" and native.available()
+    slow = not on_cpu and fastest_dtype(DEVICE) == torch.float32
+    model = load_model(name if name == "smol" else place, dtype="float32" if slow else None, device=DEVICE)
+    if on_cpu and dtype is None and place.suffix == ".gguf":
+        bits = 8 * place.stat().st_size / model.config.count_parameters()["total"]
+        dtype = "int4" if bits < 7 else "int8" if bits < 12 else None
+    if speculate is None:
+        speculate = min(model.config.num_nextn_predict_layers, 3)
+    return Engine(model, load_tokenizer(place), speculate=speculate, dtype=dtype)
 
 
 def find_model(name: str) -> Path:
@@ -155,7 +177,7 @@ def write_json(file: Path, value: Any) -> None:
 # -- stages -----------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
+def _tokenizer(this: Run[Recipe], say: Say) -> dict[str, Any]:
     settings = this.recipe.tokenizer
     texts = (
         document.text or render_chat(None, document.messages or [], document.tools, generation_prompt=False)
@@ -175,7 +197,7 @@ def _tokenizer(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def _pretrain(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
+def _pretrain(this: Run[Recipe], say: Say) -> dict[str, Any]:
     torch.manual_seed(this.recipe.seed)
     model = Transformer(model_config(this.recipe, this.tokenizer())).to(DEVICE)
     counted = model.config.count_parameters()
@@ -183,14 +205,14 @@ def _pretrain(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
     return _train(this, model, this.recipe.pretrain, "pretrain") | {"parameters": counted}
 
 
-def _sft(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
-    model = load_model(_model_of(this, "pretrain"), dtype="float32", device=DEVICE)
+def _sft(this: Run[Recipe], say: Say) -> dict[str, Any]:
+    model = load_model(_done(this, "pretrain") / "model", dtype="float32", device=DEVICE)
     torch.manual_seed(this.recipe.seed)
     model.set_mtp_layers(this.recipe.sft.mtp_layers)
     return _train(this, model, this.recipe.sft, "sft") | {"parameters": model.config.count_parameters()}
 
 
-def _train(this: Run, model: Transformer, settings: StageSettings, stage: str) -> dict[str, Any]:
+def _train(this: Run[Recipe], model: Transformer, settings: StageSettings, stage: str) -> dict[str, Any]:
     folder = this.out / stage
     settings = replace(settings, seed=settings.seed + this.recipe.seed)
     result = train_stage(model, this.data(), settings, folder, stage)
@@ -199,19 +221,20 @@ def _train(this: Run, model: Transformer, settings: StageSettings, stage: str) -
     return {"expert_load": training.pop("expert_load"), "training": training}
 
 
-def _model_of(this: Run, stage: str) -> Path:
+def _done(this: Run[Any], stage: str) -> Path:
+    """The folder of a finished stage."""
     if this.result(stage) is None:
         raise ValueError(f"{this.out} has no finished stage {stage}: run it first (--only {stage})")
-    return this.out / stage / "model"
+    return this.out / stage
 
 
-def _evaluate(this: Run, say: Callable[[str], None]) -> dict[str, Any]:
+def _evaluate(this: Run[Recipe], say: Say) -> dict[str, Any]:
     settings, tokenizer = this.recipe.evaluate, this.tokenizer()
     results: dict[str, dict[str, float]] = {}
     conversations: list[dict[str, Any]] = []
     gains: list[int] = []
     for stage in ("pretrain", "sft"):
-        model = load_model(_model_of(this, stage), dtype="float32", device=DEVICE)
+        model = load_model(_done(this, stage) / "model", dtype="float32", device=DEVICE)
         engine = Engine(model, tokenizer)
         for name, source in this.recipe.domains().items():
             tasks = domain(source.domain, **source.options)
@@ -237,14 +260,68 @@ def _shown(name: str, rollout: Rollout) -> dict[str, Any]:
     return {"domain": name, "messages": rollout.messages, "tools": rollout.tools, "reward": rollout.reward}
 
 
+def _generate(this: Run[HeadsRecipe], say: Say) -> dict[str, Any]:
+    place, model, tokenizer = _trunk(this)
+    folder = this.out / "generate"
+    write_conversations(Engine(model, tokenizer), tokenizer, this.recipe.generate, folder, this.recipe.seed, say)
+    counts: dict[str, Any] = {"trunk": str(place)}
+    for split in ("train", "held_out"):
+        shards = read_conversations(folder, split)
+        documents, tokens = sum(map(len, shards)), sum(shard.tokens.size for shard in shards)
+        counts[split] = {"conversations": documents, "tokens": tokens}
+        say(f"  {split}: {documents:,} conversations, {tokens:,} tokens")
+    return counts
+
+
+def _first(this: Run[HeadsRecipe], say: Say) -> dict[str, Any]:
+    place, model, _ = _trunk(this)
+    return _make_heads(this, place, model, "first", say)
+
+
+def _mtp(this: Run[HeadsRecipe], say: Say) -> dict[str, Any]:
+    place, model, _ = _trunk(this)
+    load_heads(model, _done(this, "first") / HEADS, place)
+    return _make_heads(this, place, model, "mtp", say)
+
+
+def _make_heads(this: Run[HeadsRecipe], place: Path, model: Transformer, stage: str, say: Say) -> dict[str, Any]:
+    settings: HeadsSettings = getattr(this.recipe, stage)
+    settings = replace(settings, seed=settings.seed + this.recipe.seed)
+    return make_heads(model, place, _done(this, "generate"), settings, this.out / stage, say)
+
+
+def _evaluate_heads(this: Run[HeadsRecipe], say: Say) -> dict[str, Any]:
+    place, model, tokenizer = _trunk(this)
+    load_heads(model, _done(this, "mtp") / HEADS, place)
+    settings, written = this.recipe.evaluate, _done(this, "generate")
+    result = measure_heads(model, tokenizer, written, prompts=settings.prompts, max_tokens=settings.max_tokens)
+    accepted = ", ".join(f"{share:.0%}" for share in result["accepted"])
+    say(f"  {result['accept_length']:.2f} tokens a step; drafts that counted, by position: {accepted}")
+    return result
+
+
+def _trunk(this: Run[HeadsRecipe]) -> tuple[Path, Transformer, Tokenizer]:
+    """Where the model stands, itself without MTP layers, and its tokenizer."""
+    place = find_model(this.recipe.model)
+    if place.suffix != ".gguf":
+        raise ValueError(f"{place}: heads are made for a .gguf file, which they can be told to belong to")
+    return place, load_model(place, dtype="float32", device=DEVICE), load_tokenizer(place)
+
+
+STAGES: dict[type, dict[str, Callable[[Any, Say], dict[str, Any]]]] = {
+    Recipe: {"tokenizer": _tokenizer, "pretrain": _pretrain, "sft": _sft, "evaluate": _evaluate},
+    HeadsRecipe: {"generate": _generate, "first": _first, "mtp": _mtp, "evaluate": _evaluate_heads},
+}
+
+
 def _seconds(result: dict[str, Any]) -> float:
     """Of a resumed training stage, all of its processes together."""
     return max(result["seconds"], result.get("training", {}).get("seconds", 0.0))
 
 
-def summary(this: Run) -> dict[str, Any]:
+def summary(this: Run[Any]) -> dict[str, Any]:
     """summary.json: what is known of the run as far as it has gone."""
-    results = {stage: result for stage in STAGES if (result := this.result(stage)) is not None}
+    results = {stage: result for stage in this.stages if (result := this.result(stage)) is not None}
     whole: dict[str, Any] = {
         "name": this.recipe.name,
         "seconds": {stage: round(_seconds(result), 1) for stage, result in results.items()},
@@ -256,8 +333,5 @@ def summary(this: Run) -> dict[str, Any]:
         whole["parameters"] = result["parameters"]
         whole.setdefault("tokens", {})[stage] = result["training"]["tokens"]
         whole.setdefault("held_out", {})[stage] = result["training"]["held_out"]
-    if "evaluate" in results:
-        whole["domains"] = results["evaluate"]["domains"]
-        if "accept_length" in results["evaluate"]:
-            whole["accept_length"] = results["evaluate"]["accept_length"]
-    return whole
+    known = ("domains", "accept_length", "accepted")
+    return whole | {key: value for key, value in results.get("evaluate", {}).items() if key in known}

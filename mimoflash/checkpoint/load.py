@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mimoflash.checkpoint import fp8
 from mimoflash.checkpoint.gguf_in import read_gguf
+from mimoflash.checkpoint.heads import SMOL_HEADS, load_heads
 from mimoflash.checkpoint.layout import EMBEDDING, LM_HEAD, empty_model, materialise, published_tensors
 from mimoflash.checkpoint.shards import Entry, Shards, is_pickle, open_shard, refusal
 from mimoflash.checkpoint.smol import smol_path
@@ -29,11 +30,14 @@ def load_model(
     """The model at `path` (see `resolve`), each tensor read straight into its place.
 
     `dtype`: of the weights; None keeps the stored one (FP8 becomes bfloat16, GGUF's quantised types float32). Routers
-    stay float32. Needs the model's memory and one shard's.
+    stay float32. Needs the model's memory and one shard's. `smol` gets the MTP layers that the package has for it.
     Raises ValueError naming file and tensor where the checkpoint is damaged or is of another shape than its config.
     """
     place, wanted = resolve(path), as_dtype(dtype)
-    return read_gguf(place, wanted, device) if place.suffix == ".gguf" else _read_folder(place, wanted, device)
+    model = read_gguf(place, wanted, device) if place.suffix == ".gguf" else _read_folder(place, wanted, device)
+    if str(path) == "smol" and SMOL_HEADS.is_file():
+        load_heads(model, SMOL_HEADS, place)
+    return model
 
 
 def resolve(path: str | Path) -> Path:

@@ -1,6 +1,7 @@
 """Data: documents from sources, without duplicates, tokenised once into shards, mixed and packed into batches."""
 
 from mimoflash.data.encode import is_held_out_document
+from mimoflash.data.hidden import HiddenBatch, HiddenRows
 from mimoflash.data.loader import Batch, Mixture, PackedLoader
 from mimoflash.data.packing import Packing
 from mimoflash.data.prepare import Prepared, check_no_leak, open_prepared, prepare
@@ -12,6 +13,8 @@ __all__ = [
     "Document",
     "DomainSource",
     "FolderSource",
+    "HiddenBatch",
+    "HiddenRows",
     "Mixture",
     "PackedLoader",
     "Packing",

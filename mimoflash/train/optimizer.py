@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
-from mimoflash.model import Transformer
 from mimoflash.model.moe import Router
 
 
@@ -37,7 +37,7 @@ def batch_size(tokens: float, *, first: int, full: int, warmup_tokens: float) ->
 
 
 @torch.no_grad()
-def update_expert_bias(model: Transformer, counts: Tensor, step: float) -> None:
+def update_expert_bias(model: nn.Module, counts: Tensor, step: float) -> None:
     """Moves each expert's correction bias by `step` towards its fair share of `counts` (MoE layers, experts)
     (auxiliary-loss-free balancing, arXiv 2408.15664)."""
     routers = [module for module in model.modules() if isinstance(module, Router)]

@@ -2,24 +2,25 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from mimoflash.kernels.memory import keep_freed_memory
-from mimoflash.model import Transformer
 from mimoflash.train.losses import LossOutput
 from mimoflash.train.optimizer import imbalance, parameter_groups, update_expert_bias
 
 Item = TypeVar("Item")
+Network = TypeVar("Network", bound=nn.Module)  # a Transformer, or a part of one whose rest stays as it is
 
 
-class Trainer:
+class Trainer(Generic[Network]):
     """The model with its AdamW state. In bfloat16 the optimizer keeps float32 copies of the weights."""
 
     def __init__(
-        self, model: Transformer, *, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95),
+        self, model: Network, *, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8, clip: float = 1.0, expert_bias_step: float = 1e-3, dtype: torch.dtype = torch.float32,
     ):
         keep_freed_memory()
@@ -33,7 +34,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
     def step(
-        self, batches: Sequence[Item], loss_fn: Callable[[Transformer, Item], LossOutput], lr: float
+        self, batches: Sequence[Item], loss_fn: Callable[[Network, Item], LossOutput], lr: float
     ) -> dict[str, float]:
         """Accumulates the gradient of the mean loss over `batches`, clips it and takes one step at `lr`.
 
@@ -68,7 +69,7 @@ class Trainer:
             own.copy_(stored)
 
     def _accumulate(
-        self, batches: Sequence[Item], loss_fn: Callable[[Transformer, Item], LossOutput]
+        self, batches: Sequence[Item], loss_fn: Callable[[Network, Item], LossOutput]
     ) -> tuple[dict[str, float], float, Tensor | None]:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
@@ -108,7 +109,7 @@ class Trainer:
                 p.grad = None
 
 
-def to_training_dtype(model: Transformer, dtype: torch.dtype) -> Transformer:
+def to_training_dtype(model: Network, dtype: torch.dtype) -> Network:
     """Casts all but the routers, which stay in float32 as in the published checkpoint."""
     for name, p in model.named_parameters():
         if ".mlp.gate." not in name:

@@ -199,4 +199,4 @@ def test_loading_needs_the_model_and_one_shard(tmp_path, make_model, stored, dty
     extra = int(run.stdout) - size
     assert extra > -(4 << 20)  # the model itself was seen
     print(f"{stored} -> {dtype}: model {size >> 20} MiB, peak {int(run.stdout) >> 20} MiB")
-    assert extra < shard + (10 << 20)  # and a tensor of float32 while FP8 is dequantised
+    assert extra < shard + (16 << 20)  # and a tensor of float32 while FP8 is dequantised, and what the allocator keeps
