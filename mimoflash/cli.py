@@ -17,6 +17,10 @@ app.add_typer(bench_app, name="bench")
 
 Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, a run's folder, a hub id, or smol.")]
 Seed = Annotated[int | None, typer.Option(help="Fixes what is sampled.")]
+Dtype = Annotated[
+    Literal["float32", "bf16", "int8", "int4"] | None, typer.Option(help="Of the weights; if not given, as stored.")
+]
+Speculate = Annotated[int | None, typer.Option(help="Drafts a step, 0 to 3; if not given, all MTP layers draft.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 
 
@@ -69,19 +73,19 @@ def generate(
     model: Model, prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
     max_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64, temperature: Temperature = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens that hold this much.")] = 1.0,
-    seed: Seed = None,
+    seed: Seed = None, dtype: Dtype = None, speculate: Speculate = None,
 ) -> None:
     """Continue a text as it is, without a chat template."""
     with _user_errors():
-        from mimoflash.engine import Engine, SamplingParams
-        from mimoflash.run import open_model
+        from mimoflash.engine import SamplingParams
+        from mimoflash.run import open_engine
         from mimoflash.serve.terminal import stream_text
 
         text = sys.stdin.read() if prompt == "-" else prompt
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        network, tokenizer = open_model(model)
+        engine = open_engine(model, dtype=dtype, speculate=speculate)
         typer.echo(text, nl=False)
-        for piece in stream_text(Engine(network, tokenizer), tokenizer, text, params):
+        for piece in stream_text(engine, text, params):
             typer.echo(piece, nl=False)
         typer.echo()
 
@@ -91,17 +95,16 @@ def chat(
     model: Model, thinking: Annotated[bool, typer.Option(help="Let the model reason first.")] = True,
     max_tokens: Annotated[int, typer.Option(help="At most so many tokens an answer.")] = 512,
     temperature: Temperature = 0.8, top_p: Annotated[float, typer.Option(help="As in generate.")] = 0.95,
-    seed: Seed = None,
+    seed: Seed = None, dtype: Dtype = None, speculate: Speculate = None,
 ) -> None:
     """Talk to a model. An empty line or Ctrl-D ends it, Ctrl-C stops an answer."""
     with _user_errors():
-        from mimoflash.engine import Engine, SamplingParams
-        from mimoflash.run import open_model
+        from mimoflash.engine import SamplingParams
+        from mimoflash.run import open_engine
         from mimoflash.serve.terminal import converse
 
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        network, tokenizer = open_model(model)
-        converse(Engine(network, tokenizer), tokenizer, params, thinking=thinking)
+        converse(open_engine(model, dtype=dtype, speculate=speculate), params, thinking=thinking)
 
 
 @app.command()
@@ -125,9 +128,6 @@ def convert(
 Peer = Annotated[str | None, typer.Option(help="llama.cpp or transformers: run beside ours, in turn.")]
 Shape = Annotated[
     str, typer.Option(help="nano, small, a config.json (random weights); smol, a model, a run's folder (its own).")
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="Of the weights: float32, bf16, int8, int4; float32 if not given, int4 for smol.")
 ]
 Streams = Annotated[int, typer.Option(help="Requests in flight at once.")]
 Pairs = Annotated[int, typer.Option(help="Times each side runs.")]

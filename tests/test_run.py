@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mimoflash.recipe import load_recipe
-from mimoflash.run import open_model, run
+from mimoflash.run import open_engine, run
 
 TINY = """
 name = "tiny"
@@ -101,8 +101,9 @@ def test_a_run_goes_from_nothing_to_a_model_with_a_report(finished):
 
 
 def test_the_runs_folder_is_a_model(finished):
-    model, tokenizer = open_model(str(finished))
-    assert model.config.num_nextn_predict_layers == 3
+    engine = open_engine(str(finished))
+    model, tokenizer = engine.model, engine.tokenizer
+    assert model.config.num_nextn_predict_layers == engine.runner.cache.drafts == 3
     assert tokenizer.vocab_size <= model.config.vocab_size
     assert model.config.eos_token_id == tokenizer.special.im_end
 
@@ -111,7 +112,8 @@ def test_transformers_loads_what_a_run_made(finished):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(finished / "sft" / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(finished / "sft" / "model")
-    model, ours = open_model(str(finished))
+    engine = open_engine(str(finished))
+    model, ours = engine.model, engine.tokenizer
     ids = ours.encode("What is 3 + 4?")
     assert tokenizer("What is 3 + 4?")["input_ids"] == ids
     tokens = torch.tensor([ids])

@@ -82,8 +82,9 @@ class _DraftStep(ctypes.Structure):
 class NativeRunner:
     """See `Runner`; a row's result is the same to the last bit in whatever pass it is run.
 
-    `weights`: "float32", "bf16", "int8" or "int4". Matrices that are of this type already are read where they lie,
-    others converted once and again by `refresh`; norms, routers and sinks are float32, the embedding stays as it is.
+    `weights`: "float32", "bf16", "int8" or "int4" (the head is int8 then). Matrices that are of this type already are
+    read where they lie, others converted once and again by `refresh`; norms, routers and sinks are float32, the
+    embedding stays as it is.
     `draft_tokens` (D,): the ids that may be drafted, those of the model's heads if not given. One call at a time.
     Raises ValueError for another kind of weights, and RuntimeError where there are no compiled kernels.
     """
@@ -172,7 +173,7 @@ class _Builder:
     """Makes the C structures from a model and keeps what they point into."""
 
     def __init__(self, model: Transformer, cache: HybridCache, weights: str):
-        self.model, self.cache, self.weights, self.dtype = model, cache, weights, WEIGHTS[weights]
+        self.model, self.cache, self.weights = model, cache, weights
         self.kept: list[Any] = []
 
     def build(self, hidden: Tensor, draft_tokens: Tensor | None) -> _Model:
@@ -182,7 +183,8 @@ class _Builder:
             for layer, cache in zip(trunk.layers, caches[: c.layers], strict=True)
         ]
         mtp = [self._mtp_layer(*each) for each in zip(trunk.mtp.layers, caches[c.layers :], strict=False)]
-        head = draft_head = self._matrix(self.model.lm_head.weight)
+        # four bits in the head would go straight into the logits
+        head = draft_head = self._matrix(self.model.lm_head.weight, "int8" if self.weights == "int4" else self.weights)
         if draft_tokens is not None:
             draft_head = self._matrix(self.model.lm_head.weight[draft_tokens.long()])
         embedding = self._keep(trunk.embed_tokens.weight.detach().contiguous())
@@ -235,11 +237,12 @@ class _Builder:
         sizes = shape.heads, shape.kv_heads, shape.head_dim, shape.v_head_dim
         return _Shape(*sizes, shape.window or 0, shape.rope_dim // 2, base)
 
-    def _matrix(self, weight: Tensor) -> Matrix:
-        weight = weight.detach()
-        if self.dtype is None:
-            return matrix(self._keep(quantise(weight, self.weights)))
-        return matrix(self._keep(weight.to(self.dtype).contiguous()))
+    def _matrix(self, weight: Tensor, kind: str | None = None) -> Matrix:
+        """As a matrix of `kind`, that of all weights if not given."""
+        kind, weight = kind or self.weights, weight.detach()
+        if (dtype := WEIGHTS[kind]) is None:
+            return matrix(self._keep(quantise(weight, kind)))
+        return matrix(self._keep(weight.to(dtype).contiguous()))
 
     def _floats(self, values: Tensor) -> int:
         return self._keep(values.detach().float().contiguous()).data_ptr()

@@ -17,8 +17,8 @@ FOLDER = Path(__file__).parent / "cpu"
 SOURCES = ["linear.cpp", "forward.cpp"]
 INTERFACE = ["linear.h", "api.h"]
 # The same bits on every path: products are fused with sums where the sources say so and nowhere else.
-FLAGS = "-std=c++17 -O3 -ffp-contract=off -fPIC -shared -fvisibility=hidden -Wall -Wextra".split()
-FLAGS += ["-Wno-maybe-uninitialized"]  # GCC 12 warns of its own avx512fintrin.h
+FLAGS = "-std=c++20 -O3 -ffp-contract=off -fPIC -shared -fvisibility=hidden -Wall -Wextra -Wno-psabi".split()
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own avx512fintrin.h
 # Ascending: each runs where all before it do. Baseline x86-64 or ARM is "base".
 INSTRUCTION_SETS: dict[str, list[str]] = {"base": []} | (
     {

@@ -10,15 +10,16 @@ from mimoflash.engine import Engine, SamplingParams
 from mimoflash.text import ChatParser, Event, StreamDecoder, Tokenizer, render_chat
 
 
-def stream_text(engine: Engine, tokenizer: Tokenizer, text: str, params: SamplingParams) -> Iterator[str]:
+def stream_text(engine: Engine, text: str, params: SamplingParams) -> Iterator[str]:
     """What follows `text`, piece by piece. An empty text begins with the tokenizer's end-of-text token."""
+    tokenizer = _tokenizer(engine)
     prompt = tokenizer.encode(text) or [tokenizer.special.end_of_text or 0]
-    yield from _decoded(engine, tokenizer, prompt, params)
+    yield from _decoded(engine, prompt, params)
 
 
-def converse(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, *, thinking: bool) -> None:
+def converse(engine: Engine, params: SamplingParams, *, thinking: bool) -> None:
     """Reads turns from standard input and answers them until it ends (or, in a terminal, until an empty line)."""
-    console = Console(emoji=False)
+    console, tokenizer = Console(emoji=False), _tokenizer(engine)
     context = engine.model.config.max_position_embeddings
     if sys.stdin.isatty():
         console.print("[dim]An empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer.[/dim]")
@@ -31,7 +32,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, params: SamplingParams, *, th
             raise ValueError(f"the conversation has {len(prompt)} tokens; the model's context is {context}")
         parser, printer = ChatParser(prompt=text), _Printer(console)
         try:
-            for piece in _decoded(engine, tokenizer, prompt, params):
+            for piece in _decoded(engine, prompt, params):
                 printer.show(parser.feed(piece))
             printer.show(parser.finish())
         except KeyboardInterrupt:
@@ -69,8 +70,13 @@ class _Printer:
             self.console.print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _decoded(engine: Engine, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams) -> Iterator[str]:
-    decoder = StreamDecoder(tokenizer)
+def _decoded(engine: Engine, prompt: list[int], params: SamplingParams) -> Iterator[str]:
+    decoder = StreamDecoder(_tokenizer(engine))
     for token in engine.stream(prompt, params):
         yield decoder.feed([token])
     yield decoder.finish()
+
+
+def _tokenizer(engine: Engine) -> Tokenizer:
+    assert engine.tokenizer is not None, "text needs a tokenizer"
+    return engine.tokenizer

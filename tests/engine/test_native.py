@@ -222,7 +222,8 @@ def test_narrow_weights_are_what_they_stand_for(weights):
             if weights == "bf16":
                 module.weight.data = weight.bfloat16().float()
             else:
-                module.weight.data = dequantise(quantise(weight, weights))
+                kind = "int8" if module is rounded.lm_head else weights
+                module.weight.data = dequantise(quantise(weight, kind))
                 module.register_forward_pre_hook(lambda _, inputs: (quantised_activations(inputs[0]),))
     with torch.no_grad():
         want = rounded.double()(torch.tensor([text]))[0]

@@ -2,7 +2,6 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
-#include <sched.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -27,7 +26,7 @@ struct Team {
     int id;
     int phase = 0;
 
-    // Waits for all others. A machine may have given a thread's core to somebody else, so spinning ends in yielding.
+    // Waits for all others. A machine may have given a thread's core to somebody else, so spinning ends in sleep.
     void barrier() {
         phase ^= 1;
         const int threads = shared.threads.load(std::memory_order_relaxed);
@@ -40,10 +39,14 @@ struct Team {
             shared.arrived.store(0, std::memory_order_relaxed);
             shared.counter[phase ^ 1].store(0, std::memory_order_relaxed);  // the phase that has ended
             shared.round.store(round + 1, std::memory_order_release);
+            shared.round.notify_all();
             return;
         }
-        for (int spins = 0; shared.round.load(std::memory_order_acquire) == round; ++spins)
-            spins < 20000 ? relax() : (void)sched_yield();
+        for (int spins = 0; spins < 2000; ++spins) {
+            if (shared.round.load(std::memory_order_acquire) != round) return;
+            relax();
+        }
+        while (shared.round.load(std::memory_order_acquire) == round) shared.round.wait(round);
     }
 
     // The next piece of the work between two barriers: 0, 1, 2, ... each given to one thread.
