@@ -199,7 +199,7 @@ def bench_cache(
 ) -> None:
     """Memory of the cache at 1,024 to 262,144 tokens, beside the formula and beside global layers only."""
     with _user_errors():
-        from mimoflash.benchmarks.cache import bench_cache as bench
+        from mimoflash.benchmarks.cache_bytes import bench_cache as bench
 
         bench(shape, json_file=json_file, say=typer.echo)
 

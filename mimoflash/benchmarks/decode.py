@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mimoflash.benchmarks.cache import cache_line
+from mimoflash.benchmarks.cache_bytes import cache_line
 from mimoflash.benchmarks.generation import Task, default_dtype, open_sides
 from mimoflash.benchmarks.pairs import write_results
 from mimoflash.benchmarks.peers import decode_rate

@@ -74,6 +74,7 @@ def _allocate(
             f"layers {page}: give more"
         )
     slots = min(max_running, max(1, budget // (2 * slot if page else slot))) if slot else max_running
+    slots = min(slots, (budget - page) // slot) if slot else slots  # one page at least
     pages = min((budget - slots * slot) // page, slots * most) if page else 0
     return HybridCache(config, slots=slots, pages=pages, drafts=drafts, dtype=dtype, device=device)
 

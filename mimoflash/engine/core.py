@@ -1,5 +1,6 @@
 """The loop without its threads: a pass is planned, drafted for, run, sampled, and its tokens handed out."""
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 
 from mimoflash.config import ModelConfig
 from mimoflash.engine.params import SamplingParams
-from mimoflash.engine.request import FinishReason, NewTokens, Request, Routes
+from mimoflash.engine.request import Event, FinishReason, NewTokens, Request, Routes
 from mimoflash.engine.row_state import RowState
 from mimoflash.engine.runner import NO_FILL, RECENT, DraftNoise, Ints, Runner, Step
 from mimoflash.engine.sampling import Sampled, Sampler
@@ -140,8 +141,7 @@ class Core:
             request.sampling_logprobs += sampling_logprobs
             request.top_logprobs += likeliest
             self.totals.tokens_generated += len(tokens)
-            if request.sink is not None:
-                request.sink(NewTokens(tokens, logprobs, likeliest))
+            _send(request, NewTokens(tokens, logprobs, likeliest))
         if request.state.error is not None:
             request.error = request.state.error
             self.finish(request, "error")
@@ -181,9 +181,19 @@ class Core:
         self.scheduler.reset()
 
 
+def _send(request: Request, event: Event) -> None:
+    """A sink is foreign code: one that fails gets no more, and the engine goes on."""
+    if request.sink is not None:
+        try:
+            request.sink(event)
+        except Exception:
+            logging.getLogger(__name__).exception("the sink of a request failed: it gets no more events")
+            request.sink = None
+
+
 def _send_output(request: Request) -> None:
     if request.sink is not None:
-        request.sink(request.output())
+        _send(request, request.output())
         request.sink = None
 
 

@@ -65,7 +65,7 @@ class Engine:
     ) -> list[Output]:
         """Continues each prompt; `params` for all, or one a prompt. Raises ValueError as `submit`, or for another
         number of params than prompts. An exception, Ctrl-C too, cancels these requests; the engine can be used on."""
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} SamplingParams for {len(prompts)} prompts: give one, or one a prompt")
@@ -82,7 +82,8 @@ class Engine:
         return [request.output() for request in requests]
 
     def stream(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Iterator[int]:
-        """The tokens of one request, as they come. Closing the iterator cancels it."""
+        """The tokens of one request, as they come. Closing the iterator cancels it. Raises RuntimeError where the
+        request ends by an error."""
         arrived: deque[int] = deque()
         request = self.submit(prompt, params, sink=lambda e: arrived.extend(e.tokens) if type(e) is NewTokens else None)
         try:
@@ -93,6 +94,8 @@ class Engine:
                     yield arrived.popleft()
         finally:
             self.cancel(request)
+        if request.finish_reason == "error":
+            raise RuntimeError(request.error)
 
     async def events(
         self, prompt: Sequence[int], params: SamplingParams | None = None, *, priority: int = 0,

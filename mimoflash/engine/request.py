@@ -105,7 +105,7 @@ class Request:
             logprobs=self.logprobs,
             sampling_logprobs=self.sampling_logprobs,
             top_logprobs=self.top_logprobs,
-            routes=torch.from_numpy(self.routes[: min(self.routed, len(self.text) - 1)]),
+            routes=torch.from_numpy(self.routes[: min(self.routed, len(self.text) - 1)].copy()),
             finish_reason=self.finish_reason,
             accept_length=self.gained / self.verifications if self.verifications else 1.0,
             prompt_tokens=self.prompt_tokens,

@@ -1,7 +1,9 @@
 """Playing tasks of a domain with the engine, many at a time."""
 
+import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,23 +39,34 @@ def play_tasks(
     """
     rollouts = [Rollout(seed) for seed in seeds]
     environments = [domain.environment() for _ in seeds]
-    for rollout, environment in zip(rollouts, environments, strict=True):
-        _begin(rollout, environment, tokenizer, thinking)
-    for turn in range(max_turns):
-        going = [(r, e) for r, e in zip(rollouts, environments, strict=True) if not r.done]
-        if not going:
-            break
-        outputs = engine.generate([r.tokens for r, _ in going], [_params_of(params, r.seed, turn) for r, _ in going])
-        for (rollout, environment), output in zip(going, outputs, strict=True):
-            _advance(rollout, environment, output, tokenizer, thinking)
-    for environment in environments:
-        environment.close()
+    context = engine.model.config.max_position_embeddings
+    try:
+        for rollout, environment in zip(rollouts, environments, strict=True):
+            _begin(rollout, environment, tokenizer, thinking)
+        for turn in range(max_turns):
+            for rollout in rollouts:
+                if not rollout.done and len(rollout.tokens) >= context:
+                    _broken(rollout, ValueError(f"{len(rollout.tokens)} tokens fill the model's context of {context}"))
+            going = [i for i, rollout in enumerate(rollouts) if not rollout.done]
+            if not going:
+                break
+            each = [_params_of(params, i, rollouts[i].seed, turn) for i in going]
+            outputs = engine.generate([rollouts[i].tokens for i in going], each)
+            for i, output in zip(going, outputs, strict=True):
+                _advance(rollouts[i], environments[i], output, tokenizer, thinking)
+    finally:
+        for environment in environments:
+            with suppress(Exception):  # what has been played stays
+                environment.close()
     return rollouts
 
 
-def _params_of(params: SamplingParams, seed: int, turn: int) -> SamplingParams:
+def _params_of(params: SamplingParams, *place: int) -> SamplingParams:
     """Each rollout and turn draws for itself, and the same each time."""
-    return params if params.seed is None else replace(params, seed=hash((params.seed, seed, turn)) % 2**64)
+    if params.seed is None:
+        return params
+    digest = hashlib.blake2b(repr((params.seed, *place)).encode(), digest_size=8).digest()
+    return replace(params, seed=int.from_bytes(digest, "little"))
 
 
 def _begin(rollout: Rollout, environment: Environment, tokenizer: Tokenizer, thinking: bool) -> None:

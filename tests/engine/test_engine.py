@@ -1,5 +1,6 @@
 """The engine over real models: against generation without a cache, transformers, and itself from scratch."""
 
+import copy
 import dataclasses
 import signal
 import sys
@@ -534,3 +535,32 @@ def test_a_closed_engine_has_ended_everything(model):
     assert sum(engine.stats()["cache_used_bytes"].values()) == 0
     with pytest.raises(ValueError, match="closed"):
         engine.submit([1])
+
+
+def test_a_sink_that_fails_costs_its_own_events_only(model):
+    def sink(event):
+        raise RuntimeError("foreign code")
+
+    engine = Engine(model)
+    bad = engine.submit([1, 2, 3], SamplingParams(max_tokens=5), sink=sink)
+    good = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5))[0]
+    while bad.finish_reason is None:
+        engine.step()
+    assert bad.output().tokens == good.tokens
+
+
+def test_routes_are_the_outputs_own(model):
+    engine = Engine(model)
+    first = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=8))[0]
+    kept = first.routes.clone()
+    first.routes.fill_(7)
+    second = engine.generate([[1, 2, 3, *first.tokens, 4]], SamplingParams(max_tokens=2))[0]
+    assert second.cached_tokens > 3
+    assert torch.equal(second.routes[: len(kept)], kept)
+
+
+def test_an_error_ends_a_stream_loudly(model):
+    broken = copy.deepcopy(model)
+    broken.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="not finite"):
+        list(Engine(broken).stream([1, 2, 3]))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mimoflash.benchmarks.cache import LENGTHS, bench_cache, measured
+from mimoflash.benchmarks.cache_bytes import LENGTHS, bench_cache, measured
 from mimoflash.config import ModelConfig
 from mimoflash.engine import HybridCache
 
