@@ -69,7 +69,7 @@ def _is_id(token: Any) -> bool:
 # name -> type, test, what is allowed
 _FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "max_tokens": (Integral, lambda n: n >= 1, "an integer of at least 1"),
-    "temperature": (Real, lambda x: 0 <= x < math.inf, "0 (greedy) or more, and finite"),
+    "temperature": (Real, lambda x: x == 0 or 1e-6 <= x <= 1e6, "0 (greedy), or from 1e-6 to 1e6"),
     "top_p": (Real, lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "top_k": (Integral, lambda n: 0 <= n < 2**31, "an integer, 0 (all tokens) or more"),
     "min_p": (Real, lambda x: 0 <= x <= 1, "at least 0 and at most 1"),

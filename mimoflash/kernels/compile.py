@@ -15,15 +15,14 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "cpu"
 SOURCES = ["linear.cpp", "forward.cpp"]
-INTERFACE = ["linear.h", "api.h"]
 # The same bits on every path: products are fused with sums where the sources say so and nowhere else.
 FLAGS = "-std=c++20 -O3 -ffp-contract=off -fPIC -shared -fvisibility=hidden -Wall -Wextra -Wno-psabi".split()
 FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own avx512fintrin.h
 # Ascending: each runs where all before it do. Baseline x86-64 or ARM is "base".
 INSTRUCTION_SETS: dict[str, list[str]] = {"base": []} | (
     {
-        "avx2": "-mavx2 -mfma -mf16c".split(),
-        "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni".split(),
+        "avx2": "-mavx2 -mfma".split(),
+        "avx512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni".split(),
     }
     if platform.machine().lower() in ("x86_64", "amd64")
     else {}
@@ -31,8 +30,12 @@ INSTRUCTION_SETS: dict[str, list[str]] = {"base": []} | (
 
 
 def fingerprint() -> str:
-    """Of the structures that Python shares with the kernels: a library compiled with others must not be called."""
-    return hashlib.sha256(b"".join((FOLDER / name).read_bytes() for name in INTERFACE)).hexdigest()[:16]
+    """Of all sources and flags: a library compiled from others may have other structures, or mistakes since mended."""
+    sources = sorted([*FOLDER.glob("*.h"), *FOLDER.glob("*.cpp")])
+    digest = hashlib.sha256(repr((FLAGS, INSTRUCTION_SETS)).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def library_path(name: str) -> Path:

@@ -105,12 +105,16 @@ def _thread_pool() -> tuple[int | None, int | None]:
     One pool serves both: a second one's threads would spin against PyTorch's.
     """
     try:
-        mapped = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+        rows = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
     except OSError:
         return None, None
+    mapped = {row[5] for row in rows if len(row) == 6}
     found = sorted({path for path in mapped if "omp" in Path(path).name and ".so" in path}, key=_not_torchs)
     for path in found:
-        openmp = ctypes.CDLL(path)
+        try:
+            openmp = ctypes.CDLL(path)
+        except OSError:  # replaced on disk since
+            continue
         if hasattr(openmp, "GOMP_parallel") and hasattr(openmp, "omp_get_num_threads"):
             parallel, team_size = openmp.GOMP_parallel, openmp.omp_get_num_threads
             return ctypes.cast(parallel, Pointer).value, ctypes.cast(team_size, Pointer).value

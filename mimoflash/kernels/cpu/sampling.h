@@ -240,8 +240,10 @@ inline RowSampler::Candidate RowSampler::last_of_nucleus(
     constexpr int SLICES = 1024;
     // all tokens below this together hold less than 1 - top_p
     const float least = static_cast<float>(0.999 * (1 - static_cast<double>(top_p)) * total / vocab);
-    const float width = temperature * -std::log(least) / SLICES;
-    auto slice_of = [&](float logit) { return std::min(SLICES - 1, static_cast<int>((largest - logit) / width)); };
+    const float width = std::max(temperature * -std::log(least) / SLICES, std::numeric_limits<float>::min());
+    auto slice_of = [&](float logit) {  // in the order in which NaN gives 0
+        return static_cast<int>(std::min<float>(SLICES - 1, std::max(0.0f, (largest - logit) / width)));
+    };
     double masses[SLICES] = {};
     each_vector(weights, vocab, 0, [&](int i, Floats weight, int count) {
         if (!any(weight >= splat(least))) return;

@@ -38,7 +38,8 @@ struct Team {
         if (shared.arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
             shared.arrived.store(0, std::memory_order_relaxed);
             shared.counter[phase ^ 1].store(0, std::memory_order_relaxed);  // the phase that has ended
-            shared.round.store(round + 1, std::memory_order_release);
+            shared.round.store(round + 1, std::memory_order_seq_cst);
+            std::atomic_thread_fence(std::memory_order_seq_cst);  // notify_all must see who has gone to sleep
             shared.round.notify_all();
             return;
         }
