@@ -315,8 +315,16 @@ def test_closing_a_stream_cancels_its_request(model):
     assert (stats["running"], stats["kept"], sum(stats["cache_used_bytes"].values())) == (0, 0, 0)
 
 
+@pytest.fixture
+def interruptible():
+    """Shells start what runs in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("where", ["forward", "draft"])
-def test_ctrl_c_cancels_what_generate_was_given_and_nothing_else(drafting, monkeypatch, where):
+def test_ctrl_c_cancels_what_generate_was_given_and_nothing_else(drafting, monkeypatch, interruptible, where):
     monkeypatch.setattr(DraftLength, "choose", lambda *_: 2)
     engine = Engine(drafting, speculate=2)
     params = SamplingParams(max_tokens=40, temperature=1.0, seed=4)
