@@ -364,7 +364,7 @@ def test_an_interrupt_anywhere_in_a_step_loses_nothing(drafting, monkeypatch, af
 
     def trace(frame, event, _):
         nonlocal lines
-        if "mimoflash/engine/" not in frame.f_code.co_filename or frame.f_code.co_name == "_recover":
+        if "mimoflash/engine/" not in frame.f_code.co_filename or frame.f_code.co_name in ("recover", "_recovery"):
             return None
         lines += event == "line"
         if event == "line" and lines == 5 + after * 4:
