@@ -5,7 +5,7 @@ import os
 import torch
 
 from mimoflash.config import ModelConfig
-from mimoflash.engine.cache import PAGE, HybridCache, page_bytes, slot_bytes
+from mimoflash.engine.cache import PAGE, HybridCache, copy_bytes, page_bytes, slot_bytes
 from mimoflash.engine.runner import Runner, TorchRunner
 from mimoflash.model import Transformer
 
@@ -14,7 +14,8 @@ _DTYPES = (*_FLOATS, "int8", "int4", "fp8")
 
 
 def make_runner(
-    model: Transformer, *, speculate: int, dtype: str | None, max_running: int, cache_bytes: int | None
+    model: Transformer, *, speculate: int, dtype: str | None, max_running: int, cache_bytes: int | None,
+    share_prefixes: bool,
 ) -> Runner:
     """The compiled kernels' on a CPU that has them, the one with graphs on a GPU, else PyTorch's; arguments as
     Engine's."""
@@ -39,7 +40,7 @@ def make_runner(
         raise ValueError("dtype 'fp8' is for a model on a GPU: choose another, or move the model there")
     # keys and values: as the weights, but not below bf16
     kept = _FLOATS.get(dtype, torch.bfloat16) if dtype else weight.dtype
-    cache = _allocate(model.config, max_running, cache_bytes, speculate, kept, weight.device)
+    cache = _allocate(model.config, max_running, cache_bytes, share_prefixes, speculate, kept, weight.device)
     if is_native:
         from mimoflash.engine.native import NativeRunner
 
@@ -61,22 +62,31 @@ def _native_is_available() -> bool:
 
 
 def _allocate(
-    config: ModelConfig, max_running: int, cache_bytes: int | None, drafts: int, dtype: torch.dtype,
-    device: torch.device,
+    config: ModelConfig, max_running: int, cache_bytes: int | None, share_prefixes: bool, drafts: int,
+    dtype: torch.dtype, device: torch.device,
 ) -> HybridCache:
-    """At most half of the memory goes into rings; the rest into pages, no more than all slots at full length need."""
-    slot, page = slot_bytes(config, drafts, dtype), page_bytes(config, dtype)
-    most = -(-config.max_position_embeddings // PAGE) if page else 0
+    """At most half of the memory goes into rings, and a copy of each for the end of a prompt; where prefixes are
+    shared, at most a quarter before into the copies that these keep; the rest into pages, no more than all slots at
+    full length need."""
+    page, copy = page_bytes(config, dtype), copy_bytes(config, drafts, dtype)
+    slot = slot_bytes(config, drafts, dtype) + copy
+    most = -(-config.max_position_embeddings // PAGE)
     budget = _free_memory(device) // 4 if cache_bytes is None else cache_bytes
     if budget < slot + page:
         raise ValueError(
             f"cache_bytes is {budget}, but one sequence's window layers take {slot} and {PAGE} positions of its global "
             f"layers {page}: give more"
         )
+    copies = 0
+    if share_prefixes and copy:
+        copies = min(budget // 4 // copy, (budget - slot - page) // copy, max_running * most)
+        budget -= copies * copy
     slots = min(max_running, max(1, budget // (2 * slot if page else slot))) if slot else max_running
     slots = min(slots, (budget - page) // slot) if slot else slots  # one page at least
     pages = min((budget - slots * slot) // page, slots * most) if page else 0
-    return HybridCache(config, slots=slots, pages=pages, drafts=drafts, dtype=dtype, device=device)
+    return HybridCache(
+        config, slots=slots, pages=pages, copies=copies, drafts=drafts, dtype=dtype, device=device
+    )
 
 
 def _free_memory(device: torch.device) -> int:

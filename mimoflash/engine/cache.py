@@ -45,7 +45,8 @@ class RingSnapshot:
 
 
 class HybridCache:
-    """Memory for `slots` sequences and `pages` pages of global layers; `drafts` MTP layers have rings too.
+    """Memory for `slots` sequences and `pages` pages of global layers; `drafts` MTP layers have rings too. Beside it
+    there may be a copy of each slot's rings at its prompt's end, and `copies` more, which shared prefixes keep.
 
     A ring has room for the window and for `drafts` positions that verification may reject. The runner writes keys and
     values; here it is decided where. Positions [mtp_start, mtp_end) of a slot are those whose MTP entries may be read:
@@ -53,10 +54,10 @@ class HybridCache:
     """
 
     def __init__(
-        self, config: ModelConfig, *, slots: int, pages: int, drafts: int = 0, dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        self, config: ModelConfig, *, slots: int, pages: int, copies: int = 0, drafts: int = 0,
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
     ):
-        self.slots, self.pages, self.drafts, self.dtype = slots, pages, drafts, dtype
+        self.slots, self.pages, self.copies, self.drafts, self.dtype = slots, pages, copies, drafts, dtype
         self.device = torch.device(device)
         self.trunk_layers, self.window = config.layers, config.sliding_window
         kinds = [*config.layer_types, *[WINDOW] * drafts]
@@ -127,10 +128,18 @@ class HybridCache:
             self._add_page(slot, page)
         return True
 
-    def pages_of(self, slot: int, start: int, end: int) -> list[int]:
+    def pages_of(self, slot: int) -> list[int]:
+        """The slot's pages, in order."""
+        return self._pages_of[slot][:]
+
+    def full_pages(self, slot: int, start: int, end: int) -> list[int]:
         """The pages of positions start .. end - 1, which are whole pages."""
         assert start % PAGE == end % PAGE == 0, "a page that is still written to is not shared"
         return self._pages_of[slot][self.pages_for(start) : self.pages_for(end)]
+
+    def references(self, page: int) -> int:
+        """By how many slots and shared prefixes the page is used."""
+        return self._references[page]
 
     def adopt(self, slot: int, pages: list[int]) -> None:
         """The empty slot begins with these pages, and takes over a reference to each."""
@@ -196,6 +205,11 @@ class HybridCache:
         """Bytes of the pages and rings that belong to a sequence."""
         return sum(self._unit_bytes(k) * self._units(k, used=True) for k in KINDS if kind in (None, k))
 
+    @property
+    def copies_bytes(self) -> int:
+        """Bytes that all copies of rings may take."""
+        return self._unit_bytes("window") * (self.slots + self.copies)
+
     def _units(self, kind: str, *, used: bool) -> int:
         if kind == "global":
             return self.pages - (self.free_pages if used else 0)
@@ -214,9 +228,19 @@ def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return sum(PAGE * s.kv_heads * (s.head_dim + s.v_head_dim) * dtype.itemsize for s in shapes if s.window is None)
 
 
+def copy_bytes(config: ModelConfig, drafts: int, dtype: torch.dtype) -> int:
+    """Of a copy of one slot's rings: those of the trunk's window layers."""
+    shapes = [config.attention(kind) for kind in config.layer_types]
+    return _ring_bytes(shapes, drafts, dtype)
+
+
 def slot_bytes(config: ModelConfig, drafts: int, dtype: torch.dtype) -> int:
     """Of one slot's rings in all window and MTP layers together."""
     shapes = [config.attention(kind) for kind in [*config.layer_types, *[WINDOW] * drafts]]
+    return _ring_bytes(shapes, drafts, dtype)
+
+
+def _ring_bytes(shapes: list[AttentionShape], drafts: int, dtype: torch.dtype) -> int:
     return sum(
         (s.window + drafts) * s.kv_heads * (s.head_dim + s.v_head_dim) * dtype.itemsize
         for s in shapes if s.window is not None

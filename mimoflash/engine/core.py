@@ -2,8 +2,9 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from mimoflash.engine.scheduler import Plan, Scheduler
 from mimoflash.engine.speculation import DraftLength
 from mimoflash.text import Tokenizer
 
+Result = TypeVar("Result")
+
 
 @dataclass
 class Totals:
@@ -28,7 +31,7 @@ class Totals:
 
 
 class Core:
-    """Used by one thread at a time."""
+    """Used by one thread at a time, from within `whole`."""
 
     def __init__(self, config: ModelConfig, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer | None):
         self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
@@ -37,9 +40,20 @@ class Core:
         self.sampler = Sampler()
         self.lengths = DraftLength(runner.cache.drafts)
         self.totals = Totals()
+        self._is_whole = True
+
+    def whole(self, do: Callable[[], Result]) -> Result:
+        """What `do` returns. Where an exception, Ctrl-C too, has left something half done, it is mended before: here,
+        not where it was raised, since another interrupt may come while it is mended."""
+        if not self._is_whole:
+            self._recover()
+        self._is_whole = False
+        result = do()
+        self._is_whole = True
+        return result
 
     def step(self) -> bool:
-        """One pass. False if there was nothing to run. After an exception, `recover` has to be called."""
+        """One pass. False if there was nothing to run."""
         for request in self.scheduler.expired():
             self.finish(request, "deadline")
         decoding = self.scheduler.decoding
@@ -59,8 +73,11 @@ class Core:
         return state
 
     def finish(self, request: Request, reason: FinishReason) -> None:
+        """The request is over. It stays known until its output is sent: an interrupt does not lose that."""
         self.scheduler.finish(request, reason)
+        request.finish_reason = reason
         _send_output(request)
+        self.scheduler.forget(request)
 
     def _run(self, plan: Plan) -> None:
         drafts = self._draft(plan)
@@ -135,20 +152,17 @@ class Core:
             sampled, stopped = self._until_stop(request, sampled)
         if sampled:
             tokens, logprobs, sampling_logprobs, likeliest = map(list, zip(*sampled, strict=True))
-            likeliest = likeliest if request.params.top_logprobs else []
             request.text += tokens
             request.logprobs += logprobs
             request.sampling_logprobs += sampling_logprobs
-            request.top_logprobs += likeliest
+            request.top_logprobs += likeliest if request.params.top_logprobs else []
             self.totals.tokens_generated += len(tokens)
-            _send(request, NewTokens(tokens, logprobs, likeliest))
-        if request.state.error is not None:
-            request.error = request.state.error
-            self.finish(request, "error")
-        elif stopped or request.state.is_finished:
-            self.finish(request, "stop")
-        elif request.generated >= request.limit:
-            self.finish(request, "length")
+        request.error = request.state.error
+        reason = _end(request, stopped)
+        request.settled = request.generated, reason
+        _send_tokens(request)
+        if reason is not None:
+            self.finish(request, reason)
 
     def _until_stop(self, request: Request, sampled: list[Sampled]) -> tuple[list[Sampled], bool]:
         """The tokens up to the one that completes a stop string, and whether there is one."""
@@ -165,30 +179,54 @@ class Core:
 
     # -- after an exception ---------------------------------------------------------------------------------------
 
-    def recover(self) -> None:
-        """What an exception anywhere has left half done is undone: every request is as it was before, but has to run
-        again from its start."""
+    def fail(self, error: BaseException) -> None:
+        """Ends all requests by an error; nothing that was half done is needed for that. May be begun again."""
+        self._is_whole = False
         for request in list(self.scheduler.requests):
-            if request.finish_reason is not None:  # it was about to be taken out
-                del self.scheduler.requests[request]
-                _send_output(request)
-            elif request.slot >= 0:
-                _cut_to_complete(request)
-                prompt, tokens = request.text[: request.prompt_tokens], request.text[request.prompt_tokens :]
+            request.unsettle()
+            reason = request.finish_reason or request.settled[1]
+            if reason is None:
+                request.error = f"{type(error).__name__}: {error}"
+            request.finish_reason = reason or "error"
+            self.scheduler.forget(request)  # before its sink is called, which may be what fails
+            _send_tokens(request)
+            _send_output(request)
+        self.scheduler.reset()
+        self._is_whole = True
+
+    def _recover(self) -> None:
+        """What an exception anywhere has left half done is undone: every request has what was settled of it and runs
+        again from its start, or ends where that was settled, too. May itself be interrupted, and begun again."""
+        for request in self.scheduler.requests:
+            if request.slot >= 0:
+                request.unsettle()
+                prompt, tokens = request.text[: request.prompt_tokens], request.settled_tokens
                 request.state = self.row_state(prompt, request.params, seed=request.state.seed)
                 for token in tokens:
                     request.state.take(token)
         self.scheduler.reset()
+        for request in list(self.scheduler.requests):
+            _send_tokens(request)
+            if (reason := request.finish_reason or request.settled[1]) is not None:
+                self.finish(request, reason)
 
 
-def _send(request: Request, event: Event) -> None:
-    """A sink is foreign code: one that fails gets no more, and the engine goes on."""
-    if request.sink is not None:
-        try:
-            request.sink(event)
-        except Exception:
-            logging.getLogger(__name__).exception("the sink of a request failed: it gets no more events")
-            request.sink = None
+def _end(request: Request, stopped: bool) -> FinishReason | None:
+    """Whether, and how, the request ends with the tokens that it has now."""
+    if request.state.error is not None:
+        return "error"
+    if stopped or request.state.is_finished:
+        return "stop"
+    return "length" if request.generated >= request.limit else None
+
+
+def _send_tokens(request: Request) -> None:
+    """What is settled and has not been sent; an interrupted sink gets it again."""
+    start, (end, _) = request.sent, request.settled
+    if start < end and request.sink is not None:
+        tokens = request.settled_tokens[start:]
+        _send(request, NewTokens(tokens, request.logprobs[start:end], request.top_logprobs[start:end], start))
+    request.sent = end
 
 
 def _send_output(request: Request) -> None:
@@ -197,23 +235,23 @@ def _send_output(request: Request) -> None:
         request.sink = None
 
 
-def _cut_to_complete(request: Request) -> None:
-    """Tokens of which everything is known."""
-    lists: list[list[Any]] = [request.logprobs, request.sampling_logprobs]
-    if request.params.top_logprobs:
-        lists.append(request.top_logprobs)
-    count = min(request.generated, *map(len, lists))
-    del request.text[request.prompt_tokens + count :]
-    for values in lists:
-        del values[count:]
-    request.routed = min(request.routed, len(request.text))
+def _send(request: Request, event: Event) -> None:
+    """A sink is foreign code: one that fails gets no more, and the engine goes on."""
+    assert request.sink is not None
+    try:
+        request.sink(event)
+    except Exception:
+        logging.getLogger(__name__).exception("the sink of a request failed: it gets no more events")
+        request.sink = None
 
 
 def _stop_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
-    if tokenizer is not None:
-        return tokenizer.stop_ids
+    """The model's end tokens and the tokenizer's, as far as the vocabulary has them."""
     eos = config.eos_token_id
-    return frozenset(eos if isinstance(eos, tuple) else () if eos is None else (eos,))
+    ids = set(eos if isinstance(eos, tuple) else () if eos is None else (eos,))
+    if tokenizer is not None:
+        ids |= tokenizer.stop_ids
+    return frozenset(token for token in ids if 0 <= token < config.vocab_size)
 
 
 # -- arrays for the runner --------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Events on their way from the thread that steps to the event loops that wait for them."""
 
 import asyncio
+import weakref
 from collections import deque
 
 from mimoflash.engine.request import Event
@@ -10,18 +11,22 @@ class Delivery:
     """One event loop's: what several requests get in a step wakes the loop once."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.loop = loop
+        self._loop = weakref.ref(loop)  # not to keep it alive: the engine has a Delivery as long as there is the loop
         self._sent: deque[tuple[asyncio.Queue[Event], Event]] = deque()
         self._is_called = False
 
     def send(self, queue: asyncio.Queue[Event], event: Event) -> None:
         """From any thread. What comes after its loop has closed is dropped."""
+        loop = self._loop()
+        if loop is None or loop.is_closed():
+            self._sent.clear()
+            return
         self._sent.append((queue, event))
         if not self._is_called:
             self._is_called = True
             try:
-                self.loop.call_soon_threadsafe(self._deliver)
-            except RuntimeError:  # closed
+                loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # closed this moment
                 self._sent.clear()
 
     def _deliver(self) -> None:

@@ -2,14 +2,11 @@
 
 import asyncio
 import itertools
-import logging
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
+from numbers import Integral
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,12 +17,16 @@ from mimoflash.engine.backend import make_runner
 from mimoflash.engine.cache import KINDS
 from mimoflash.engine.core import Core
 from mimoflash.engine.delivery import Delivery
+from mimoflash.engine.drive import Driver
 from mimoflash.engine.params import SamplingParams
 from mimoflash.engine.request import Event, NewTokens, Output, Request, Routes
 from mimoflash.engine.runner import route_dtype
 from mimoflash.engine.scheduler import Scheduler
+from mimoflash.engine.turns import Turns
 from mimoflash.model import Transformer
 from mimoflash.text import Tokenizer
+
+Result = TypeVar("Result")
 
 
 class Engine:
@@ -34,7 +35,8 @@ class Engine:
     `tokenizer` is needed for end tokens, stop strings and grammars only: prompts are token ids. `speculate`: the most
     tokens that MTP layers draft at a time, 0 to 3; output does not depend on it. `dtype`: of the weights, "float32",
     "bf16", on a CPU "int8" or "int4", on a GPU "fp8"; None: the model's. `max_running`: requests that run side by side.
-    `cache_bytes`: for keys and values; by default a quarter of the memory that is free, or less where that is enough.
+    `cache_bytes`: for keys and values and all that is kept of them; by default a quarter of the memory that is free, or
+    less where that is enough.
     A conversation's next turn runs only what is new in it; with `share_prefixes` all prompts that begin alike share
     their beginning, too. May be used from several threads and event loops at once. Raises ValueError for what the model
     or the machine lacks.
@@ -46,15 +48,15 @@ class Engine:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.runner = make_runner(
-            model, speculate=speculate, dtype=dtype, max_running=max_running, cache_bytes=cache_bytes
+            model, speculate=speculate, dtype=dtype, max_running=max_running, cache_bytes=cache_bytes,
+            share_prefixes=share_prefixes,
         )
         scheduler = Scheduler(self.runner.cache, share_prefixes=share_prefixes)
         self.core = Core(model.config, self.runner, scheduler, tokenizer)
         self._arrivals = itertools.count()
-        self._inbox: deque[Request] = deque()  # submitted or cancelled; taken in by whoever holds the lock
-        self._lock = threading.Lock()  # around all but the inbox
-        self._lock_of_executor, self._is_driven = threading.Lock(), False
-        self._executor: ThreadPoolExecutor | None = None
+        self._inbox: deque[Request] = deque()  # submitted or cancelled; taken in by whoever's turn it is
+        self._turns = Turns()  # at all but the inbox
+        self._driver = Driver(self.step, self._fail, lambda: not self._inbox and not self.core.scheduler.requests)
         self._deliveries: WeakKeyDictionary[asyncio.AbstractEventLoop, Delivery] = WeakKeyDictionary()
         self._is_closed = False
 
@@ -65,6 +67,8 @@ class Engine:
     ) -> list[Output]:
         """Continues each prompt; `params` for all, or one a prompt. Raises ValueError as `submit`, or for another
         number of params than prompts. An exception, Ctrl-C too, cancels these requests; the engine can be used on."""
+        if any(isinstance(prompt, Integral) for prompt in prompts):
+            raise ValueError("prompts holds token ids, but it must be a list of prompts: generate([[1, 2, 3]])")
         params = SamplingParams() if params is None else params
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
@@ -84,14 +88,17 @@ class Engine:
     def stream(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Iterator[int]:
         """The tokens of one request, as they come. Closing the iterator cancels it. Raises RuntimeError where the
         request ends by an error."""
-        arrived: deque[int] = deque()
-        request = self.submit(prompt, params, sink=lambda e: arrived.extend(e.tokens) if type(e) is NewTokens else None)
+        request, count = self.submit(prompt, params), 0
         try:
-            while arrived or request.finish_reason is None:
-                if not arrived:
+            while True:
+                is_over = request.finish_reason is not None  # looked at first: after it no token comes
+                new = request.settled_tokens[count:]
+                yield from new
+                count += len(new)
+                if is_over:
+                    break
+                if not new:
                     self.step()
-                while arrived:
-                    yield arrived.popleft()
         finally:
             self.cancel(request)
         if request.finish_reason == "error":
@@ -109,10 +116,15 @@ class Engine:
         request = self.submit(
             prompt, params, priority=priority, deadline=deadline, sink=lambda event: delivery.send(queue, event)
         )
+        count = 0
         try:
-            self._drive()
+            self._driver.start()
             while True:
                 event = await queue.get()
+                if isinstance(event, NewTokens):
+                    if event.start < count:
+                        continue  # once more, after an interrupt
+                    count += len(event.tokens)
                 yield event
                 if isinstance(event, Output):
                     return
@@ -124,7 +136,8 @@ class Engine:
         deadline: float | None = None, sink: Callable[[Event], None] | None = None,
     ) -> Request:
         """Queues a request; `step` moves it on. Higher `priority` runs first. After `deadline` seconds it ends with
-        what it has. `sink` gets its events, in the thread that steps: it may submit and cancel, but not step.
+        what it has. `sink` gets its events, in the thread that steps: it may submit and cancel, but not step. One that
+        is interrupted gets the same event again.
 
         Raises ValueError for an empty prompt, tokens outside the vocabulary, a length that the model's context or the
         cache cannot hold, and stop strings or a grammar without a tokenizer."""
@@ -140,58 +153,63 @@ class Engine:
 
     def step(self) -> bool:
         """One pass of the model. False if there was nothing to run."""
-        with self._lock:
-            self._take_in()
-            with self._recovery():
-                has_run = self.core.step()
-        self._settle()
-        return has_run
+        return self._in_turn(self._step)
+
+    def _step(self) -> bool:
+        self._take_in()
+        return self.core.step()
 
     def stats(self) -> dict[str, Any]:
-        """Figures since the start, and what is there now: "cache_bytes" and "cache_used_bytes" by kind of layer,
-        "snapshot_bytes" (rings kept at the ends of prompts), "running", "waiting" and "kept" (finished, for a next
-        turn) requests, "passes", "tokens_run", "tokens_generated", "tokens_reused", "preemptions", and of speculation
-        "drafted" and "accepted" by draft position and "accept_length", mean tokens gained by a verification."""
-        with self._lock:
-            scheduler, cache, drafts = self.core.scheduler, self.runner.cache, self.core.lengths.acceptance
-            return vars(self.core.totals) | {
-                "cache_bytes": {kind: cache.bytes(kind) for kind in KINDS},
-                "cache_used_bytes": {kind: cache.used_bytes(kind) for kind in KINDS},
-                "snapshot_bytes": scheduler.snapshot_bytes(),
-                "running": len(scheduler.running),
-                "waiting": len(scheduler.requests) - len(scheduler.running),
-                "kept": len(scheduler.conversations.kept),
-                "preemptions": scheduler.preemptions,
-                "tokens_reused": scheduler.tokens_reused,
-                "drafted": list(drafts.drafted),
-                "accepted": list(drafts.accepted),
-                "accept_length": drafts.mean_length,
-            }
+        """Figures since the start, and what is there now: "cache_bytes" and "cache_used_bytes" by kind of layer and of
+        "copies" of rings (at the ends of prompts, and of shared prefixes), "running", "waiting" and "kept" (finished,
+        for a next turn) requests, "passes", "tokens_run", "tokens_generated", "tokens_reused", "preemptions", and of
+        speculation "drafted" and "accepted" by draft position and "accept_length", mean tokens gained by a
+        verification."""
+        return self._in_turn(self._stats)
+
+    def _stats(self) -> dict[str, Any]:
+        scheduler, cache, drafts = self.core.scheduler, self.runner.cache, self.core.lengths.acceptance
+        return vars(self.core.totals) | {
+            "cache_bytes": {kind: cache.bytes(kind) for kind in KINDS} | {"copies": cache.copies_bytes},
+            "cache_used_bytes": {k: cache.used_bytes(k) for k in KINDS} | {"copies": scheduler.used_copies_bytes()},
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.requests) - len(scheduler.running),
+            "kept": len(scheduler.conversations.kept),
+            "preemptions": scheduler.preemptions,
+            "tokens_reused": scheduler.tokens_reused,
+            "drafted": list(drafts.drafted),
+            "accepted": list(drafts.accepted),
+            "accept_length": drafts.mean_length,
+        }
 
     def update_weights(self, state: Mapping[str, Tensor] | None = None) -> None:
         """Takes over new weights, in place: those of `state`, by their names in the model's state_dict (all or some),
         or None where the model's own have been changed already. Requests that run go on under the new weights, their
         keys and values computed anew; what they have generated, its log-probabilities and routes stay as they were.
         What is kept of finished requests is dropped. Raises ValueError for an unknown name or another shape."""
-        with self._lock:
-            _load(self.model, state or {})
+        own = _fitting(self.model, state or {})
+
+        def take_over() -> None:
+            with torch.no_grad():
+                for name, tensor in (state or {}).items():
+                    own[name].copy_(tensor)
             self.runner.refresh()
-            for request in self.core.scheduler.running[:]:
-                self.core.scheduler.preempt(request)
-            while self.core.scheduler.drop_kept():
-                pass
+            self.core.scheduler.reset()
+
+        self._in_turn(take_over)
 
     def close(self) -> None:
         """Cancels everything, ends the thread of `events` and forgets what is kept. The engine takes no more."""
         self._is_closed = True
-        with self._lock:
+
+        def end_all() -> None:
             self._take_in()
             for request in list(self.core.scheduler.requests):
                 self.core.finish(request, "cancelled")
-            while self.core.scheduler.drop_kept():
-                pass
-        if self._executor is not None:
-            self._executor.shutdown()
+            self.core.scheduler.reset()
+
+        self._in_turn(end_all)
+        self._driver.close()
 
     # -- requests come in -----------------------------------------------------------------------------------------
 
@@ -232,69 +250,46 @@ class Engine:
         self._settle()
 
     def _settle(self) -> None:
-        """Takes the inbox in, unless another thread steps: then that one does, when it is through."""
-        while self._inbox and self._lock.acquire(blocking=False):
-            try:
-                self._take_in()
-            finally:
-                self._lock.release()
+        """Takes the inbox in, unless it is another thread's turn: then that one does, when it is through."""
+        while self._inbox and self._turns.run_if_free(lambda: self.core.whole(self._take_in)):
+            pass
+
+    def _in_turn(self, do: Callable[[], Result]) -> Result:
+        """Whatever is done with all but the inbox is done in here."""
+        try:
+            return self._turns.run(lambda: self.core.whole(do))
+        finally:
+            self._settle()  # what came in the meantime
 
     def _take_in(self) -> None:
-        with self._recovery():
+        while self._inbox:
+            request = self._inbox[0]  # stays until it is in: an interrupt loses nothing
+            if request.finish_reason is None:
+                if request not in self.core.scheduler.requests:
+                    self.core.scheduler.add(request)
+                if request.is_cancelled:
+                    self.core.finish(request, "cancelled")
+            self._inbox.popleft()
+
+    def _fail(self, error: BaseException) -> None:
+        """Ends all requests by an error, in whatever state they are."""
+
+        def end_all() -> None:
             while self._inbox:
-                request = self._inbox[0]  # stays until it is in: an interrupt loses nothing
+                request = self._inbox.popleft()
                 if request.finish_reason is None:
-                    if request not in self.core.scheduler.requests:
-                        self.core.scheduler.add(request)
-                    if request.is_cancelled:
-                        self.core.finish(request, "cancelled")
-                self._inbox.popleft()
+                    self.core.scheduler.requests[request] = None
+            self.core.fail(error)
 
-    @contextmanager
-    def _recovery(self) -> Iterator[None]:
-        """After an exception, Ctrl-C too, all goes on from a state that is whole."""
-        try:
-            yield
-        except BaseException:
-            self.core.recover()
-            raise
-
-    # -- the thread of `events` -----------------------------------------------------------------------------------
-
-    def _drive(self) -> None:
-        """Sees to it that a thread steps as long as there are requests."""
-        with self._lock_of_executor:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, thread_name_prefix="mimoflash-engine")
-            if not self._is_driven:
-                self._is_driven = True
-                self._executor.submit(self._step_until_idle)
-
-    def _step_until_idle(self) -> None:
-        while True:
-            try:
-                if self.step():
-                    continue
-            except Exception as error:
-                logging.getLogger(__name__).exception("a pass of the model failed: its requests end")
-                with self._lock:
-                    for request in list(self.core.scheduler.requests):
-                        request.error = f"{type(error).__name__}: {error}"
-                        self.core.finish(request, "error")
-            with self._lock_of_executor:
-                if not self._inbox and not self.core.scheduler.requests:
-                    self._is_driven = False
-                    return
+        self._turns.run(end_all)
 
 
-@torch.no_grad()
-def _load(model: Transformer, state: Mapping[str, Tensor]) -> None:
-    """Copies tensors into the model's own; nothing is changed where one does not fit."""
+def _fitting(model: Transformer, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The model's own tensors. Raises ValueError where one of `state` is not among them, or another shape."""
     own = model.state_dict()
     for name, tensor in state.items():
         if name not in own:
             raise ValueError(f"update_weights: the model has no tensor {name!r}")
         if own[name].shape != tensor.shape:
             raise ValueError(f"update_weights: {name} is {tuple(own[name].shape)} here, {tuple(tensor.shape)} there")
-    for name, tensor in state.items():
-        own[name].copy_(tensor)
+    return own

@@ -1,7 +1,7 @@
 """What a request asks of sampling, checked when it is made."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -18,9 +18,10 @@ class SamplingParams:
     probable relative to the most likely one. `repetition_penalty` divides positive and multiplies negative logits of
     tokens in the prompt or generated; `presence_penalty` is subtracted from those of generated tokens,
     `frequency_penalty` once each time. `logit_bias` is added before, by token id (-inf forbids a token). `seed` fixes
-    a request's tokens, whatever runs beside it (None: another one each time). `stop`: strings that end it,
-    `stop_token_ids`: more tokens that do; `ignore_stop_tokens` goes on past the tokenizer's end tokens. `grammar`: what
-    is generated follows it. `top_logprobs`: so many of the likeliest tokens are reported at each position.
+    the tokens that follow a prompt, whatever runs beside it (None: others each time); other prompts draw independently
+    by it. `stop`: strings that end the text, `stop_token_ids`: more tokens that do; `ignore_stop_tokens` goes on past
+    the tokenizer's and the model's end tokens. `grammar`: what is generated follows it. `top_logprobs`: so many of the
+    likeliest tokens are reported at each position. None for a bias or for stops means none.
     """
 
     max_tokens: int = 256
@@ -48,18 +49,28 @@ class SamplingParams:
             raise ValueError(f"ignore_stop_tokens is {self.ignore_stop_tokens!r}: it must be True or False")
         if not isinstance(self.grammar, Grammar | None):
             raise ValueError(f"grammar is {self.grammar!r}: it must be a Grammar or None")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(text, str) and text for text in stop):
+        stop = (self.stop,) if isinstance(self.stop, str) else _items(self.stop)
+        if stop is None or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop is {self.stop!r}: it must hold strings, none of them empty (all texts end with it)")
-        stop_ids = tuple(self.stop_token_ids)
-        if not all(_is_id(token) for token in stop_ids):
+        stop_ids = _items(self.stop_token_ids)
+        if stop_ids is None or not all(_is_id(token) for token in stop_ids):
             raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}: it must hold token ids, 0 or more")
-        bias = dict(self.logit_bias)
-        if not all(_is_id(token) and isinstance(x, Real) and x < math.inf for token, x in bias.items()):
+        bias = _items(self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias)
+        if bias is None or not all(map(_is_bias, bias)):
             raise ValueError(f"logit_bias is {self.logit_bias!r}: it must map token ids to numbers or -inf")
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", stop_ids)
-        object.__setattr__(self, "logit_bias", tuple(sorted(bias.items())))
+        object.__setattr__(self, "logit_bias", tuple(sorted(dict(bias).items())))
+
+
+def _items(values: Any) -> tuple[Any, ...] | None:
+    """A tuple of them, empty for None; None where there are no items."""
+    return () if values is None else tuple(values) if isinstance(values, Iterable) else None
+
+
+def _is_bias(pair: Any) -> bool:
+    is_pair = isinstance(pair, Sequence) and len(pair) == 2
+    return is_pair and _is_id(pair[0]) and isinstance(pair[1], Real) and pair[1] < math.inf
 
 
 def _is_id(token: Any) -> bool:

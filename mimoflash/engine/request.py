@@ -42,11 +42,13 @@ class Output:
 
 
 class NewTokens(NamedTuple):
-    """Tokens of one step: several where drafts were right. Fields as in Output."""
+    """Tokens of one step: several where drafts were right. Fields as in Output; `start` is the place of the first one
+    among all that the request has generated."""
 
     tokens: list[int]
     logprobs: list[float]
     top_logprobs: list[TopLogprobs]
+    start: int = 0
 
 
 Event = NewTokens | Output
@@ -56,7 +58,9 @@ Event = NewTokens | Output
 class Request:
     """`text` is the prompt and what has been generated; its first `run` positions are in the cache while there is a
     slot. `deadline` is a time.monotonic(); `limit` is the most tokens that may be generated. `sink` takes the events.
-    Preemption takes the slot; the rest stays.
+    Preemption takes the slot; the rest stays. `settled`: so many generated tokens are known with all that belongs to
+    them, and so the request ends after them; it is set in one go, so that an interrupt comes before or after it. `sent`
+    of them have gone to the sink.
     """
 
     text: list[int]
@@ -72,6 +76,8 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    settled: tuple[int, FinishReason | None] = (0, None)
+    sent: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
     slot: int = -1
@@ -97,6 +103,18 @@ class Request:
     @property
     def generated(self) -> int:
         return len(self.text) - self.prompt_tokens
+
+    @property
+    def settled_tokens(self) -> list[int]:
+        """Those that are generated for good: whatever happens, others only follow them."""
+        return self.text[self.prompt_tokens : self.prompt_tokens + self.settled[0]]
+
+    def unsettle(self) -> None:
+        """What is known only in part is taken back."""
+        count, _ = self.settled
+        del self.text[self.prompt_tokens + count :], self.logprobs[count:], self.sampling_logprobs[count:]
+        del self.top_logprobs[count:]
+        self.routed = min(self.routed, len(self.text))
 
     def output(self) -> Output:
         assert self.finish_reason is not None, "only a finished request has an output"

@@ -53,6 +53,7 @@ class Conversations:
                 self.cache.restore(slot, request.snapshot)
             else:
                 self.cache.rewind(slot, length)
+        request.snapshot = None
         return slot
 
     def drop(self) -> bool:
@@ -63,6 +64,12 @@ class Conversations:
         self.cache.free_slot(request.slot)
         request.slot, request.snapshot = -1, None
         return True
+
+    def forget(self) -> None:
+        """All of them, where the cache is cleared."""
+        for request in self.kept:
+            request.slot, request.snapshot = -1, None
+        self.kept.clear()
 
 
 def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -79,10 +86,12 @@ class Prefix:
 
 
 class SharedPrefixes:
-    """Prompts' beginnings by a hash of their tokens, block after block, the longest unused first."""
+    """Prompts' beginnings by a hash of their tokens, block after block, the longest unused first: as many as there is
+    memory for, of pages and of copies of rings."""
 
     def __init__(self, cache: HybridCache):
         self.cache = cache
+        self.most = cache.copies if cache.has_rings else cache.pages
         self.kept: OrderedDict[bytes, Prefix] = OrderedDict()
 
     def find(self, request: Request) -> list[Prefix]:
@@ -99,14 +108,17 @@ class SharedPrefixes:
         blocks, rest = divmod(request.run, BLOCK)
         if rest or not 0 < blocks <= len(request.keys):
             return
-        keys = request.keys[:blocks]
-        if keys[-1] not in self.kept and all(key in self.kept for key in keys[:-1]):
+        *before, last = request.keys[:blocks]
+        self._touch([key for key in (*before, last) if key in self.kept])
+        if last not in self.kept and all(key in self.kept for key in before) and len(before) < self.most:
+            if len(self.kept) == self.most:
+                self.drop()  # none of those before, which have just been touched
             start, end = request.run - BLOCK, request.run
-            pages = self.cache.pages_of(request.slot, start, end)
+            pages = self.cache.full_pages(request.slot, start, end)
             self.cache.retain(pages)
             rings = self.cache.snapshot(request.slot, end)
-            self.kept[keys[-1]] = Prefix(pages, rings, request.routes[start:end].copy())
-        self._touch([key for key in keys if key in self.kept])
+            self.kept[last] = Prefix(pages, rings, request.routes[start:end].copy())
+            self._touch([*before, last])
 
     def _touch(self, keys: list[bytes]) -> None:
         for key in reversed(keys):  # a prefix is dropped after all that go on from it

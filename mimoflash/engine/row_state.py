@@ -1,5 +1,6 @@
 """What a request's next token depends on besides the model: penalties, bias and grammar, kept up with its text."""
 
+import hashlib
 import math
 import secrets
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class RowState:
             if wrong := [token for token in ids if token >= vocab_size]:
                 raise ValueError(f"{name} names token {wrong[0]}, but the vocabulary has {vocab_size} tokens")
         self.params, self.stop_ids = params, stop_ids
-        self.seed = secrets.randbits(64) if params.seed is None else int(params.seed)
+        self.seed = secrets.randbits(64) if params.seed is None else _mixed(int(params.seed), prompt)
         self.position = len(prompt)  # of the next token
         self.is_finished = False
         self.error: str | None = None
@@ -66,6 +67,12 @@ class RowState:
         if self._grammar:
             self._grammar.accept(token)
             self.is_finished |= self._grammar.is_finished
+
+
+def _mixed(seed: int, prompt: Sequence[int]) -> int:
+    """Equal seeds on other prompts draw independently: the prompt is part of what the noise is computed from."""
+    tokens = np.array(prompt, "<i4").tobytes()
+    return int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "little") + tokens, digest_size=8).digest(), "little")
 
 
 def _has_penalty(params: SamplingParams) -> bool:

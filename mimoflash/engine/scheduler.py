@@ -3,7 +3,9 @@
 import bisect
 import heapq
 import time
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 
@@ -31,24 +33,23 @@ class Scheduler:
 
     def __init__(self, cache: HybridCache, *, share_prefixes: bool = False):
         self.cache = cache
-        self.requests: dict[Request, None] = {}  # all that are not finished
+        self.requests: dict[Request, None] = {}  # all whose output has not been sent
         self.running: list[Request] = []  # those with a slot, by `order`
         self.waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; finished ones are dropped as they come up
-        self.deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self.deadlines: list[tuple[float, int, Request]] = []  # sorted
         self.conversations = Conversations(cache)
         self.prefixes = SharedPrefixes(cache) if share_prefixes else None
         self.blocked: Request | None = None  # the one that found no room in the last pass
         self.preemptions = self.tokens_reused = 0
 
     def add(self, request: Request) -> None:
-        if request.deadline is not None:
-            heapq.heappush(self.deadlines, (request.deadline, request.arrival, request))
         self.requests[request] = None
         heapq.heappush(self.waiting, (request.order, request))
+        if request.deadline is not None:
+            bisect.insort(self.deadlines, (request.deadline, request.arrival, request))
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """The request is over. One that ended by itself keeps its slot for a next turn, until that is needed."""
-        request.finish_reason = reason
         if request.slot >= 0:
             self.running.remove(request)
             request.run = min(request.run, len(request.text) - 1)  # drafts past a stop do not count
@@ -58,21 +59,24 @@ class Scheduler:
             else:
                 self.cache.free_slot(request.slot)
                 request.slot, request.snapshot = -1, None
+
+    def forget(self, request: Request) -> None:
+        """A finished request, once its output has been sent."""
+        if request.deadline is not None:
+            entry = request.deadline, request.arrival, request
+            at = bisect.bisect_left(self.deadlines, entry)
+            del self.deadlines[at : bisect.bisect_right(self.deadlines, entry)]
         del self.requests[request]
 
     def expired(self) -> list[Request]:
         """Requests whose deadline has come."""
-        late, now = [], time.monotonic()
-        while self.deadlines and self.deadlines[0][0] <= now:
-            request = heapq.heappop(self.deadlines)[2]
-            if request.finish_reason is None:
-                late.append(request)
-        return late
+        now = time.monotonic()
+        return [request for _, _, request in takewhile(lambda entry: entry[0] <= now, self.deadlines)]
 
     @property
     def decoding(self) -> int:
         """Requests that have one token to run."""
-        return sum(len(request.text) - request.run == 1 for request in self.running)
+        return sum(request.pending == 1 for request in self.running)
 
     def plan(self, drafts: int) -> Plan:
         """The next pass, where each that decodes may add up to `drafts` tokens."""
@@ -81,7 +85,7 @@ class Scheduler:
         for request in self.running[:]:
             if request.slot < 0 or request.pending > 1:  # given up for one before it; reads its prompt
                 continue
-            wanted = min(drafts, request.limit - request.generated - 1) if request.run else 0
+            wanted = min(drafts, request.limit - request.generated - 1)
             if request.run + 1 + wanted > self.cache.capacity(request.slot):
                 wanted = self._reserve(request, wanted)
             if request.slot >= 0:
@@ -97,23 +101,23 @@ class Scheduler:
         if self.prefixes:
             self.prefixes.add(request)
 
-    def snapshot_bytes(self) -> int:
-        """Of the copies of rings at the ends of prompts and of shared blocks."""
+    def used_copies_bytes(self) -> int:
+        """Of the copies of rings at the ends of prompts and of shared blocks: `cache.copies_bytes` at most."""
         kept = [request.snapshot for request in [*self.running, *self.conversations.kept]]
         kept += [prefix.rings for prefix in self.prefixes.kept.values()] if self.prefixes else []
         return sum(snapshot.nbytes for snapshot in kept if snapshot is not None)
 
     def reset(self) -> None:
-        """Whatever happened: nothing is in the cache, all requests wait, with the text that they have."""
-        self.conversations.kept.clear()
+        """Whatever was there: nothing is in the cache, all requests wait, with the text that they have."""
+        self.conversations.forget()
         if self.prefixes:
             self.prefixes.kept.clear()
         self.cache.clear()
         self.running.clear()
         for request in self.requests:  # also those that waited: nothing changes for them
             request.slot, request.run, request.snapshot = -1, 0, None
-        self.waiting = [(request.order, request) for request in self.requests]
-        heapq.heapify(self.waiting)
+        self.waiting = sorted((request.order, request) for request in self.requests)
+        self.deadlines = sorted((r.deadline, r.arrival, r) for r in self.requests if r.deadline is not None)
 
     # -- prompts --------------------------------------------------------------------------------------------------
 
@@ -227,10 +231,30 @@ class Scheduler:
                 self.preempt(last)
 
     def _make_room(self, *, slots: int, pages: int) -> bool:
-        while self.cache.free_slots < slots or self.cache.free_pages < pages:
-            if not self.drop_kept():
-                return False
-        return True
+        """Gives up what is kept of finished requests, as much as is needed; nothing where all of it would not do."""
+        count = self._drops_for(slots, pages)
+        for _ in range(count or 0):
+            self.drop_kept()
+        return count is not None
+
+    def _drops_for(self, slots: int, pages: int) -> int | None:
+        """How many times `drop_kept` makes this room; None where it cannot."""
+        cache = self.cache
+        slots, pages = slots - cache.free_slots, pages - cache.free_pages  # missing
+        if slots <= 0 and pages <= 0:
+            return 0
+        conversations = [cache.pages_of(request.slot) for request in self.conversations.kept]
+        blocks = [prefix.pages for prefix in self.prefixes.kept.values()] if self.prefixes else []
+        if sum(map(len, conversations)) + sum(map(len, blocks)) < pages:  # most often so where there is no room
+            return None
+        dropped: Counter[int] = Counter()  # references to pages
+        for count, its_pages in enumerate([*conversations, *blocks], 1):
+            dropped.update(its_pages)
+            slots -= count <= len(conversations)
+            pages -= sum(dropped[page] == cache.references(page) for page in its_pages)
+            if slots <= 0 and pages <= 0:
+                return count
+        return None
 
     def drop_kept(self) -> bool:
         """Gives up what is kept of one finished request; False if there is nothing."""

@@ -7,6 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mimoflash.engine import Engine, Output, SamplingParams
 from mimoflash.text import Tokenizer, parse_chat, render_chat
 from mimoflash.world import Domain, Environment, Message, Tool
@@ -15,17 +18,42 @@ from mimoflash.world import Domain, Environment, Message, Tool
 @dataclass
 class Rollout:
     """One played task. `tokens` are the ids that the model saw and wrote, never tokenised again; `turns` holds the
-    places (start, end) in them of what it wrote."""
+    places (start, end) in them of what it wrote.
+
+    `logprobs` (natural, under the model) and `sampling_logprobs` (under what it was sampled from) have an entry for
+    each of the tokens, 0 for those that the model did not write. `routes` (positions, MoE layers, experts per token)
+    are those by which each position ran when what follows it was sampled: from the first one on, up to the last token
+    that the model wrote, which has not run.
+    """
 
     seed: int
     messages: list[Message] = field(default_factory=list)
     tools: list[Tool] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     turns: list[tuple[int, int]] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    sampling_logprobs: list[float] = field(default_factory=list)
+    routes: Tensor = field(default_factory=lambda: torch.empty(0, 0, 0, dtype=torch.uint8))
     reward: float = 0.0
     done: bool = False
     info: dict[str, Any] = field(default_factory=dict)
     text: str = ""  # what `tokens` renders, as the template gives it
+
+    def see(self, tokens: list[int]) -> None:
+        """Adds tokens that the model did not write."""
+        self.tokens += tokens
+        self.logprobs += [0.0] * len(tokens)
+        self.sampling_logprobs += [0.0] * len(tokens)
+
+    def write(self, output: Output) -> None:
+        """Adds a turn: what the model wrote after the tokens so far."""
+        self.turns.append((len(self.tokens), len(self.tokens) + len(output.tokens)))
+        self.tokens += output.tokens
+        self.logprobs += output.logprobs
+        self.sampling_logprobs += output.sampling_logprobs
+        # earlier turns keep theirs: positions that had to run again may have been routed otherwise by a rounding
+        known = len(self.routes)
+        self.routes = torch.cat([self.routes, output.routes[known:]]) if known else output.routes
 
 
 def play_tasks(
@@ -77,14 +105,13 @@ def _begin(rollout: Rollout, environment: Environment, tokenizer: Tokenizer, thi
         return
     rollout.messages = list(messages)
     rollout.text = render_chat(tokenizer, rollout.messages, rollout.tools, enable_thinking=thinking)
-    rollout.tokens = tokenizer.encode(rollout.text)
+    rollout.see(tokenizer.encode(rollout.text))
 
 
 def _advance(
     rollout: Rollout, environment: Environment, output: Output, tokenizer: Tokenizer, thinking: bool
 ) -> None:
-    rollout.turns.append((len(rollout.tokens), len(rollout.tokens) + len(output.tokens)))
-    rollout.tokens = rollout.tokens + output.tokens
+    rollout.write(output)
     message = parse_chat(tokenizer.decode(output.tokens, skip_special=True), rollout.tools, rollout.text)
     rollout.messages.append(message)
     try:
@@ -104,7 +131,7 @@ def _advance(
     rollout.text = render_chat(tokenizer, rollout.messages, rollout.tools, enable_thinking=thinking)
     if not rollout.text.startswith(before):
         raise ValueError("the chat template changes earlier turns once messages follow: a rollout cannot go on from it")
-    rollout.tokens = rollout.tokens + tokenizer.encode(rollout.text[len(before) :])
+    rollout.see(tokenizer.encode(rollout.text[len(before) :]))
 
 
 def _broken(rollout: Rollout, error: Exception) -> None:

@@ -59,7 +59,7 @@ def test_no_page_has_two_owners_and_none_is_lost(operations):
             cache.truncate(slot, length)
             lengths[slot] = min(lengths[slot], length)
         elif what == "lend":
-            pages = cache.pages_of(slot, 0, lengths[slot] // PAGE * PAGE)
+            pages = cache.full_pages(slot, 0, lengths[slot] // PAGE * PAGE)
             cache.retain(pages)
             lent.append(pages)
         elif lent:
@@ -76,7 +76,7 @@ def test_shared_pages_are_freed_by_the_last():
     cache = HybridCache(CONFIG, slots=2, pages=4)
     first, second = cache.take_slot(), cache.take_slot()
     cache.reserve(first, 3 * PAGE)
-    pages = cache.pages_of(first, 0, 2 * PAGE)
+    pages = cache.full_pages(first, 0, 2 * PAGE)
     cache.retain(pages)
     cache.adopt(second, pages)
     assert cache.page_table[second, :2].tolist() == cache.page_table[first, :2].tolist()

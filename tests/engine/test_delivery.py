@@ -1,7 +1,9 @@
 """The engine under event loops."""
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -187,7 +189,63 @@ def test_events_wake_the_loop_once_a_step_and_a_closed_loop_does_no_harm():
     loop.run_until_complete(asyncio.sleep(0))
     assert len(calls) == 1
     assert [queue.get_nowait() for _ in events] == events
+    delivery.send(queue, events[0])  # on its way as the loop closes
     loop.close()
     for event in events:
         delivery.send(queue, event)
     assert queue.empty()
+    assert not delivery._sent
+
+
+def test_a_loop_that_is_over_is_not_kept(model):
+    engine, loops = Engine(model), []
+
+    async def run():
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        await collect(engine, [1, 2], params(0, 2))
+
+    for _ in range(3):
+        asyncio.run(run())
+    gc.collect()
+    assert not any(loop() for loop in loops)
+    assert not engine._deliveries
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, RuntimeError])
+def test_a_sink_that_fails_in_the_thread_leaves_no_request_behind(model, kind):
+    engine = Engine(model)
+
+    def sink(event):
+        raise kind("foreign code")
+
+    async def run():
+        task = asyncio.create_task(collect(engine, [1, 2, 3], params(0)))
+        await asyncio.sleep(0)
+        beside = engine.submit([4], params(1, 5), sink=sink)
+        return await asyncio.wait_for(task, 20), beside
+
+    first, beside = asyncio.run(run())
+    while beside.finish_reason is None:
+        engine.step()
+    assert first.finish_reason in ("error", "length")
+    later = asyncio.run(asyncio.wait_for(collect(engine, [1, 2, 3], params(0)), 20))
+    assert later.tokens == Engine(model).generate([[1, 2, 3]], params(0))[0].tokens
+    assert later.tokens[: len(first.tokens)] == first.tokens
+    stats = engine.stats()
+    assert (stats["running"], stats["waiting"]) == (0, 0)
+    engine.close()
+
+
+def test_a_thread_that_cannot_go_on_ends_its_requests(model, monkeypatch):
+    """Not a pass fails, but what is done with requests before it, and also afterwards: each time again."""
+    engine = Engine(model)
+    monkeypatch.setattr(engine.core.scheduler, "plan", lambda drafts: 1 // 0)
+    monkeypatch.setattr(engine.core, "_recover", lambda: 1 // 0)
+    broken = asyncio.run(asyncio.wait_for(collect(engine, [1, 2, 3], params(0)), 20))
+    assert (broken.finish_reason, broken.tokens) == ("error", [])
+    assert "ZeroDivisionError" in broken.error
+    monkeypatch.undo()
+    good = asyncio.run(asyncio.wait_for(collect(engine, [1, 2, 3], params(0)), 20))
+    assert good.finish_reason == "length"
+    engine.close()

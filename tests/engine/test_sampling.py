@@ -228,6 +228,7 @@ def test_a_row_without_a_token_costs_only_its_request():
         {"temperature": math.inf}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0},
         {"presence_penalty": math.nan}, {"frequency_penalty": math.inf}, {"logit_bias": {1: math.nan}},
         {"logit_bias": {-1: 0.0}}, {"seed": -1}, {"seed": U64}, {"seed": "1"}, {"stop": [""]}, {"stop": [1]},
+        {"stop": 5}, {"stop_token_ids": 3}, {"logit_bias": [1, 2]}, {"logit_bias": 3},
         {"stop_token_ids": [-1]}, {"stop_token_ids": ["a"]}, {"ignore_stop_tokens": 1}, {"grammar": "a"},
         {"top_logprobs": -1}, {"top_logprobs": True},
     ],
@@ -240,6 +241,7 @@ def test_bad_sampling_parameters_are_named(wrong):
 def test_parameters_are_values():
     params = SamplingParams(stop="x", logit_bias={3: 1, 1: -math.inf}, stop_token_ids=[4], grammar=Grammar.regex("a"))
     assert (params.stop, params.logit_bias, params.stop_token_ids) == (("x",), ((1, -math.inf), (3, 1)), (4,))
+    assert SamplingParams(stop=None, logit_bias=None, stop_token_ids=None) == SamplingParams()
     assert params == dataclasses.replace(params)
     assert hash(params) == hash(dataclasses.replace(params))
 

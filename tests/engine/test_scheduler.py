@@ -1,68 +1,16 @@
 """Schedules: whatever runs beside, waits, is stopped or kept, each answer is the one that the request gets alone."""
 
-import itertools
 import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledger import VOCABULARY, LedgerRunner, alone, route_of
+from ledger import VOCABULARY, assert_is_right, assert_is_right_at_the_end, make_engine, params_of, run_all
+from oracles import assert_nothing_is_left
 
-from mimoflash.config import ModelConfig
-from mimoflash.engine import Engine, SamplingParams, reuse, scheduler
-from mimoflash.engine.cache import PAGE, page_bytes, slot_bytes
-from mimoflash.model import Transformer
-
-CONFIG = ModelConfig.tiny(vocab_size=VOCABULARY, num_nextn_predict_layers=3, max_position_embeddings=6 * PAGE)
-WINDOW = CONFIG.sliding_window
-MODEL = Transformer(CONFIG)
-
-
-def make_engine(*, slots=4, pages=12, speculate=0, share_prefixes=False):
-    pages = min(pages, 6 * slots)  # more than the context of each is not taken
-    dtype = MODEL.lm_head.weight.dtype
-    memory = slots * slot_bytes(CONFIG, speculate, dtype) + pages * page_bytes(CONFIG, dtype)
-    engine = Engine(MODEL, speculate=speculate, max_running=slots, cache_bytes=memory, share_prefixes=share_prefixes)
-    assert (engine.runner.cache.slots, engine.runner.cache.pages) == (slots, pages)
-    engine.runner = engine.core.runner = LedgerRunner(CONFIG, engine.runner.cache)
-    lengths = itertools.cycle([speculate, 0, speculate, 1, 0, 0, 2, 3])  # whether it pays or not
-    engine.core.lengths.choose = lambda _: min(next(lengths), speculate)
-    return engine
-
-
-def run_all(engine):
-    while engine.step():
-        pass
-
-
-def assert_nothing_is_left(engine):
-    cache = engine.runner.cache
-    while engine.core.scheduler.drop_kept():
-        pass
-    assert (cache.free_pages, cache.free_slots) == (cache.pages, cache.slots)
-    assert not any(cache._references)
-
-
-def assert_is_right(request):
-    want, logprobs = alone(request.text[: request.prompt_tokens], request.params, WINDOW)
-    out = request.output()
-    if request.is_cancelled or out.finish_reason == "deadline":
-        assert out.tokens == want[: len(out.tokens)]
-    else:
-        assert out.finish_reason == "length"
-        assert out.tokens == want
-    assert out.logprobs == pytest.approx(logprobs[: len(out.tokens)], abs=1e-6)
-    assert len(out.sampling_logprobs) == len(out.tokens)
-    if out.tokens:
-        assert len(out.routes) == len(request.text) - 1
-    for position, route in enumerate(out.routes.numpy()):
-        assert (route == route_of(position, request.text[position], CONFIG)).all()
-
-
-def params_of(seed, max_tokens, temperature=1.0):
-    return SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-
+from mimoflash.engine import reuse, scheduler
+from mimoflash.engine.cache import PAGE
 
 actions = st.lists(
     st.one_of(
@@ -108,9 +56,7 @@ def test_every_schedule_gives_each_request_its_own_answer(todo, speculate, share
                     with pytest.raises(KeyboardInterrupt):
                         engine.step()
         run_all(engine)
-        for request in requests:
-            assert_is_right(request)
-        assert_nothing_is_left(engine)
+        assert_is_right_at_the_end(engine, *requests)
 
 
 def raise_interrupt(step):
@@ -164,7 +110,7 @@ def test_a_higher_priority_takes_the_slot_of_a_lower_one_which_loses_nothing():
 
 
 def test_drafts_do_not_reach_beyond_the_end():
-    engine = make_engine(speculate=3, slots=12, pages=12)
+    engine = make_engine(speculate=3, slots=12, pages=24)
     engine.core.lengths.choose = lambda _: 3
     requests = [engine.submit([i, 1], params_of(i, 1 + i, 0.0)) for i in range(12)]
     run_all(engine)
@@ -200,19 +146,6 @@ def test_a_preempted_request_goes_on_from_the_text_it_had():
     run_all(engine)
     assert_is_right(first)
     assert_is_right(last)
-
-
-def test_a_preempted_request_keeps_the_end_of_its_prompt_for_the_next_turn():
-    engine = make_engine()
-    first = engine.submit([1] * 50, params_of(0, 20))
-    while first.generated < 10:
-        engine.step()
-    engine.update_weights()  # takes its slot
-    run_all(engine)
-    second = engine.submit([*first.text[:55], 2, 2], params_of(0, 5))
-    run_all(engine)
-    assert second.cached_tokens == 50
-    assert_is_right(second)
 
 
 def test_a_sink_may_cancel_and_submit():
@@ -285,79 +218,6 @@ def test_thousands_of_requests_take_time_in_proportion():
     assert lookups < 2 * 1500
 
 
-def test_prefixes_are_shared_only_if_asked(monkeypatch):
-    for module in (reuse, scheduler):
-        monkeypatch.setattr(module, "BLOCK", PAGE)
-    system = list(np.random.default_rng(0).integers(0, VOCABULARY, 2 * PAGE + 20))
-    for shares in (False, True):
-        engine = make_engine(share_prefixes=shares, pages=16)
-        requests = []
-        for i in range(3):
-            requests.append(engine.submit([*system, i, i], params_of(i, 8)))
-            run_all(engine)
-        assert [r.cached_tokens for r in requests] == ([0, 2 * PAGE, 2 * PAGE] if shares else [0, 0, 0])
-        for request in requests:
-            assert_is_right(request)
-        assert_nothing_is_left(engine)
-
-
-def test_the_same_prompt_again_is_another_conversation():
-    engine = make_engine()
-    for seed in range(3):  # a group of rollouts: routes of one do not come from another
-        request = engine.submit([1] * 30, params_of(seed, 5))
-        run_all(engine)
-        assert request.cached_tokens == 0
-
-
-def test_kept_conversations_give_way_to_new_requests():
-    engine = make_engine(slots=2, pages=6)
-    old = engine.submit([1] * 200, params_of(0, 50))
-    run_all(engine)
-    assert engine.stats()["kept"] == 1
-    new = [engine.submit([2 + i] * 150, params_of(0, 10)) for i in range(2)]
-    run_all(engine)
-    again = engine.submit([*old.text, 1], params_of(0, 5))
-    run_all(engine)
-    assert again.cached_tokens == 0
-    for request in (old, *new, again):
-        assert_is_right(request)
-
-
-def test_right_drafts_after_a_stop_string_are_not_part_of_the_conversation(monkeypatch):
-    engine = make_engine(speculate=3)
-    engine.tokenizer = object()
-
-    def stop_before_two_drafts(_, sampled):
-        return (sampled[:1], True) if len(sampled) > 2 else (sampled, False)
-
-    monkeypatch.setattr(engine.core, "_until_stop", stop_before_two_drafts)
-    first = engine.submit([1] * 20, SamplingParams(max_tokens=200, stop="x"))
-    run_all(engine)
-    assert first.finish_reason == "stop"
-    second = engine.submit([*first.text, 2, 2], params_of(0, 5))
-    run_all(engine)
-    assert second.cached_tokens == len(first.text) - 1
-    assert_is_right(second)
-
-
-def test_a_kept_conversation_has_no_page_too_many():
-    engine = make_engine()
-    engine.submit([1] * PAGE, params_of(0, 1))  # a page more was taken for what might have followed
-    run_all(engine)
-    assert engine.stats()["kept"] == 1
-    assert engine.runner.cache.free_pages == engine.runner.cache.pages - 1
-
-
-def test_a_next_turn_that_drops_most_of_a_long_answer_has_room():
-    engine = make_engine(slots=2, pages=6)
-    old = engine.submit([1] * 30, params_of(0, 300))
-    run_all(engine)
-    new = engine.submit(old.text[:31] + [2] * 300, params_of(0, 10))
-    run_all(engine)
-    assert new.cached_tokens == 30
-    assert_is_right(new)
-
-
 @pytest.mark.parametrize(
     ("length", "most", "message"),
     [(6 * PAGE, 5, "leaves no room"), (4 * PAGE, 2 * PAGE, "the cache holds 320"), (0, 5, "empty"), (-1, 5, "outside")],
@@ -379,5 +239,25 @@ def test_time_does_not_matter_without_deadlines(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: float("inf"))
     engine = make_engine()
     request = engine.submit([1] * 9, params_of(0, 5))
+    run_all(engine)
+    assert_is_right(request)
+
+
+def test_finished_requests_leave_no_deadline_behind():
+    engine = make_engine()
+    late, early = (engine.submit([1], params_of(0, 3), deadline=seconds) for seconds in (3600, 1800))
+    engine.cancel(late)
+    assert [request for *_, request in engine.core.scheduler.deadlines] == [early]
+    run_all(engine)
+    assert engine.core.scheduler.deadlines == []
+    assert_is_right(early)
+
+
+def test_new_weights_are_no_preemption():
+    engine = make_engine()
+    request = engine.submit([1, 2], params_of(0, 9))
+    engine.step()
+    engine.update_weights()
+    assert engine.stats()["preemptions"] == 0
     run_all(engine)
     assert_is_right(request)

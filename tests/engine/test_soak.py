@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from oracles import memory
 
 from mimoflash.config import ModelConfig
 from mimoflash.engine import Engine, SamplingParams
-from mimoflash.engine.cache import page_bytes, slot_bytes
 from mimoflash.engine.request import NewTokens, Output, Request
 from mimoflash.engine.sampling import RowState, Sampler
 from mimoflash.model import Transformer
@@ -56,7 +56,7 @@ def make_requests(count: int, seed: int) -> list[Soaked]:
 
 
 def make_engine(model: Transformer, slots: int = SLOTS, pages: int = PAGES) -> Engine:
-    room = slots * slot_bytes(CONFIG, DRAFTS, torch.float32) + pages * page_bytes(CONFIG, torch.float32)
+    room = memory(slots, pages, DRAFTS, CONFIG)
     return Engine(model, speculate=DRAFTS, max_running=slots, cache_bytes=room)
 
 

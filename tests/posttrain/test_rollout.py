@@ -42,18 +42,25 @@ class Domain:
 
 
 @pytest.fixture(scope="module")
-def played():
+def setting():
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["go word " * 20], 300)
-    config = ModelConfig.tiny(vocab_size=-(-tokenizer.vocab_size // 64) * 64, max_position_embeddings=512)
-    model = Transformer(config).eval()
+    config = ModelConfig.tiny(
+        vocab_size=-(-tokenizer.vocab_size // 64) * 64, max_position_embeddings=512, initializer_range=0.1,
+        num_nextn_predict_layers=1,
+    )
+    return Transformer(config).eval(), tokenizer
 
+
+@pytest.fixture(scope="module")
+def played(setting):
+    model, tokenizer = setting
     engine = Engine(model, tokenizer)
 
-    def play(longer, seeds):
+    def play(longer, seeds, engine=engine, **more):
         domain = Domain(longer)
         params = SamplingParams(
-            max_tokens=60, temperature=1.0, seed=1, logit_bias={tokenizer.special.im_end: 4.0}
+            max_tokens=60, temperature=1.0, seed=1, logit_bias={tokenizer.special.im_end: 4.0}, **more
         )
         return play_tasks(engine, tokenizer, domain, seeds, params, max_turns=3), domain
 
@@ -72,3 +79,55 @@ def test_a_rollout_that_outgrows_the_context_ends_alone_and_all_environments_clo
     assert "context" in rollouts[1].info["error"]
     assert all("error" not in r.info for i, r in enumerate(rollouts) if i != 1)
     assert len(domain.closed) == 4
+
+
+@torch.no_grad()
+def replayed(model, rollout):
+    """Log-probabilities of the tokens after the first, by the routes that were recorded, as far as these go."""
+    known = len(rollout.routes)
+    tokens = torch.tensor([rollout.tokens[: known + 1]])
+    logits = model(tokens[:, :-1], routes=rollout.routes[None].long())
+    return logits[0].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+
+
+@pytest.mark.parametrize("speculate", [0, 1])
+def test_log_probabilities_and_routes_are_aligned_over_turns(setting, played, speculate):
+    model, tokenizer = setting
+    engine = Engine(model, tokenizer, speculate=speculate)
+    rollouts, _ = played([1, 5, 20, 2], [1, 2, 3, 4], engine)
+    assert engine.stats()["tokens_reused"] > 0
+    assert sum(len(rollout.turns) == 3 for rollout in rollouts) >= 2
+    for rollout in rollouts:
+        own = [place for start, end in rollout.turns for place in range(start, end)]
+        assert len(rollout.logprobs) == len(rollout.sampling_logprobs) == len(rollout.tokens)
+        assert all((rollout.logprobs[i] < 0) == (i in own) for i in range(len(rollout.tokens)))
+        assert all((rollout.sampling_logprobs[i] != 0) == (i in own) for i in range(len(rollout.tokens)))
+        assert len(rollout.routes) == own[-1]  # the last token has not run
+        want = replayed(model, rollout)
+        assert [rollout.logprobs[i] for i in own] == pytest.approx([float(want[i - 1]) for i in own], abs=1e-4)
+        biased = rollout.sampling_logprobs[own[0]]  # im_end is likelier in what it is sampled from
+        assert biased != pytest.approx(rollout.logprobs[own[0]], abs=1e-3)
+
+
+def test_routes_are_those_that_its_tokens_were_sampled_by(setting, played, monkeypatch):
+    """What an earlier turn ran by stays, also where it has to run again, by other routes."""
+    model, tokenizer = setting
+    engine = Engine(model, tokenizer)
+    generate, outputs = engine.generate, []
+
+    def forgetful(*args):
+        outputs.append(generate(*args))
+        engine.update_weights()  # drops what is kept
+        for output in outputs[-1][:1]:
+            output.routes += len(outputs)  # as if each turn had chosen other experts
+        return outputs[-1]
+
+    monkeypatch.setattr(engine, "generate", forgetful)
+    (rollout,), _ = played([5], [3], engine)
+    assert len(rollout.turns) > 1
+    known = 0
+    for (output,) in outputs:
+        assert output.cached_tokens == 0
+        assert torch.equal(rollout.routes[known : len(output.routes)], output.routes[known:])
+        known = len(output.routes)
+    assert known == len(rollout.routes)
