@@ -14,7 +14,7 @@ public:
     // Before a pass: where the sums of sequences over several spans lie.
     void plan(Batch& batch, Workspace& memory);
 
-    // `input` (R, H) -> queries, and keys and values in the cache. Begins with a row stage, ends with a barrier.
+    // `input` (R, H), whole -> queries, and keys and values in the cache. Ends with a barrier.
     void project(Team& team, const Layer& layer, const Batch& batch, const float* input);
 
     // x (Q, H) += o_proj(attention). Ends with a barrier.
@@ -100,9 +100,8 @@ inline void put_value(bf16* to, float value) {  // to the nearest, ties to even
 
 inline void AttentionLayer::project(Team& team, const Layer& layer, const Batch& batch, const float* input) {
     const AttentionShape& s = shape(layer);
-    const Activations x = rows.input(rows.normed, batch.rows, model.hidden);
-    own_rows(team, batch.rows, [&](int row) { rows.norm_row(row, input, layer.input_norm, x); });
-    team.barrier();
+    const Activations x = rows.norm_input(team, batch.rows);
+    rows.stage(team, x, [&](int row) { rows.norm_row(row, input + int64_t{row} * x.k, layer.input_norm, x); });
     const LinearJob jobs[] = {
         {&layer.k, &x, nullptr, nullptr, batch.rows, k, s.kv_heads * s.head_dim, false},
         {&layer.v, &x, nullptr, nullptr, batch.rows, v, s.kv_heads * s.v_head_dim, false},
@@ -180,11 +179,9 @@ inline void AttentionLayer::attend(Team& team, const Layer& layer, const Batch& 
         join_spans(team, layer, batch);
         team.barrier();
     }
-    const Activations in = rows.input(mixed, batch.queries, s.heads * s.v_head_dim);
-    if (in.q) {
-        own_rows(team, batch.queries, [&](int row) { rows.prepare(in, row, 0, in.k); });
-        team.barrier();
-    }
+    const int width = s.heads * s.v_head_dim;
+    const Activations in = rows.input(mixed, batch.queries, width, rows.copy(team, batch.queries, width));
+    if (in.q) rows.stage(team, in, [&](int row) { rows.prepare(in, row, 0, width); });
     if (s.window) wide ? write_ring<float>(team, layer, batch) : write_ring<bf16>(team, layer, batch);
     const LinearJob job{&layer.o, &in, nullptr, nullptr, batch.queries, x, model.hidden, true};
     linear(team, &job, 1);

@@ -20,9 +20,9 @@ struct Routes {
 
 class FeedForward {
 public:
-    FeedForward(const Rows& r, Workspace& memory, int queries);
+    FeedForward(const Rows& r, Workspace& memory, int threads, int queries);
 
-    // x (Q, H), which a barrier has made whole, += FFN(norm(x)). Ends with a row stage.
+    // x (Q, H), whole, += FFN(norm(x)). Ends with a barrier.
     void run(Team& team, const Layer& layer, int queries, float* x, const Routes& routes);
 
 private:
@@ -30,7 +30,7 @@ private:
 
     const Rows& rows;
     const Model& model;
-    float *gate_up, *activated;  // (rows, 2 I), (rows, I)
+    float *gate_up, *activated;  // (rows, 2 I), (rows, I); where they are few each thread has a copy of `activated`
 
     // experts; P pairs of a query and an expert, in the order of experts
     float* scores;         // (Q, E)
@@ -45,19 +45,21 @@ private:
     int job_count = 0;
     Activations expert_in{}, expert_inner{};
 
-    void dense(Team& team, const DenseFFN& ffn, int queries, float* x);
-    void route(Team& team, const Layer& layer, const Activations& in, const float* x, const Routes& to);
-    void route_alone(Team& team, const Layer& layer, const Activations& in, const float* x, const Routes& to);
+    void dense(Team& team, const Layer& layer, int queries, float* x);
+    void route(Team& team, const Layer& layer, int queries, const float* x, const Routes& to);
+    void route_alone(Team& team, const Layer& layer, int queries, const float* x, const Routes& to);
     void sparse(Team& team, int queries, float* x);
-    void activate(Team& team, const Activations& out);
+    Activations normed(Team& team, const Layer& layer, int queries, const float* x) const;
+    void activate(const Activations& out, int64_t piece);
     void choose(const MoE& moe, int row, const Routes& to);
-    void group(const MoE& moe, int queries);
+    void group(const MoE& moe, const Activations& in);
 };
 
-inline FeedForward::FeedForward(const Rows& r, Workspace& memory, int queries) : rows(r), model(r.model) {
+inline FeedForward::FeedForward(const Rows& r, Workspace& memory, int threads, int queries)
+    : rows(r), model(r.model) {
     const int64_t pairs = static_cast<int64_t>(queries) * model.per_token;
     const int64_t inner = std::max(static_cast<int64_t>(queries) * model.intermediate, pairs * model.expert_width);
-    gate_up = memory.take<float>(2 * inner), activated = memory.take<float>(inner);
+    gate_up = memory.take<float>(2 * inner), activated = memory.take<float>(std::max(inner, threads * Rows::FEW));
     scores = memory.take<float>(static_cast<int64_t>(queries) * model.experts);
     weights = memory.take<float>(pairs), chosen = memory.take<int32_t>(pairs), place = memory.take<int32_t>(pairs);
     source = memory.take<int32_t>(pairs), counting = memory.take<int32_t>(pairs);
@@ -68,72 +70,81 @@ inline FeedForward::FeedForward(const Rows& r, Workspace& memory, int queries) :
 }
 
 inline void FeedForward::run(Team& team, const Layer& layer, int queries, float* x, const Routes& routes) {
-    const Activations in = rows.input(rows.normed, queries, model.hidden);
-    if (layer.is_sparse) {
-        const bool few = static_cast<int64_t>(queries) * model.experts * model.hidden <= FEW;
-        few ? route_alone(team, layer, in, x, routes) : route(team, layer, in, x, routes);
-        return sparse(team, queries, x);
-    }
-    own_rows(team, queries, [&](int row) { rows.norm_row(row, x, layer.post_norm, in); });
-    team.barrier();
-    dense(team, layer.dense, queries, x);
+    if (!layer.is_sparse) return dense(team, layer, queries, x);
+    const bool few = static_cast<int64_t>(queries) * model.experts * model.hidden <= FEW;
+    few ? route_alone(team, layer, queries, x, routes) : route(team, layer, queries, x, routes);
+    sparse(team, queries, x);
 }
 
-inline void FeedForward::dense(Team& team, const DenseFFN& ffn, int queries, float* x) {
+inline Activations FeedForward::normed(Team& team, const Layer& layer, int queries, const float* x) const {
+    const Activations in = rows.norm_input(team, queries);
+    rows.stage(team, in, [&](int row) { rows.norm_row(row, x + int64_t{row} * in.k, layer.post_norm, in); });
+    return in;
+}
+
+constexpr int ACTIVATION = 512;  // columns of a piece
+
+inline int64_t activation_pieces(const Activations& out) {
+    return int64_t{out.rows} * ((out.k + ACTIVATION - 1) / ACTIVATION);
+}
+
+inline void FeedForward::dense(Team& team, const Layer& layer, int queries, float* x) {
+    const DenseFFN& ffn = layer.dense;
     const int width = model.intermediate;
-    const Activations in = rows.input(rows.normed, queries, model.hidden);
-    const Activations inner = rows.input(activated, queries, width);
+    const Activations in = normed(team, layer, queries, x);
     const LinearJob up[] = {
         {&ffn.gate, &in, nullptr, nullptr, queries, gate_up, 2 * width, false},
         {&ffn.up, &in, nullptr, nullptr, queries, gate_up + width, 2 * width, false},
     };
     linear(team, up, 2);
     team.barrier();
-    activate(team, inner);
-    team.barrier();
+    const int64_t at = rows.copy(team, queries, width);
+    const Activations inner = rows.input(activated + at, queries, width, at);
+    if (rows.few(queries, width)) {
+        for (int64_t piece = 0; piece < activation_pieces(inner); ++piece) activate(inner, piece);
+    } else {
+        for (int64_t piece; (piece = team.next()) < activation_pieces(inner);) activate(inner, piece);
+        team.barrier();
+    }
     const LinearJob down{&ffn.down, &inner, nullptr, nullptr, queries, x, model.hidden, true};
     linear(team, &down, 1);
     team.barrier();
 }
 
-// silu(gate) * up, in pieces of 512 columns
-inline void FeedForward::activate(Team& team, const Activations& out) {
-    constexpr int PIECE = 512;
-    const int64_t width = out.k, pieces = (width + PIECE - 1) / PIECE;
-    for (int64_t piece; (piece = team.next()) < out.rows * pieces;) {
-        const int64_t row = piece / pieces, from = piece % pieces * PIECE, end = std::min(from + PIECE, width);
-        const float *gate = gate_up + row * 2 * width, *up = gate + width;
-        float* y = activated + row * width;
-        int64_t i = from;
-        for (; i + WIDTH <= end; i += WIDTH) store(y + i, silu(load(gate + i)) * load(up + i));
-        const int rest = static_cast<int>(end - i);
-        if (rest) store(y + i, silu(load(gate + i, rest)) * load(up + i, rest), rest);
-        rows.prepare(out, static_cast<int>(row), static_cast<int>(from), static_cast<int>(end - from));
-    }
+// silu(gate) * up, a piece of a row
+inline void FeedForward::activate(const Activations& out, int64_t piece) {
+    const int64_t width = out.k, pieces = activation_pieces(out) / out.rows;
+    const int64_t row = piece / pieces, from = piece % pieces * ACTIVATION, end = std::min(from + ACTIVATION, width);
+    const float *gate = gate_up + row * 2 * width, *up = gate + width;
+    float* y = const_cast<float*>(out.x) + row * width;  // `activated`
+    int64_t i = from;
+    for (; i + WIDTH <= end; i += WIDTH) store(y + i, silu(load(gate + i)) * load(up + i));
+    const int rest = static_cast<int>(end - i);
+    if (rest) store(y + i, silu(load(gate + i, rest)) * load(up + i, rest), rest);
+    rows.prepare(out, static_cast<int>(row), static_cast<int>(from), static_cast<int>(end - from));
 }
 
 // -- experts ----------------------------------------------------------------------------------------------------------
 
 inline void FeedForward::route(
-    Team& team, const Layer& layer, const Activations& in, const float* x, const Routes& to) {
-    own_rows(team, in.rows, [&](int row) { rows.norm_row(row, x, layer.post_norm, in); });
-    team.barrier();
+    Team& team, const Layer& layer, int queries, const float* x, const Routes& to) {
+    const Activations in = normed(team, layer, queries, x);
     const LinearJob router{&layer.moe.router, &in, nullptr, nullptr, in.rows, scores, model.experts, false};
     linear(team, &router, 1);
     team.barrier();
     own_rows(team, in.rows, [&](int row) { choose(layer.moe, row, to); });
     team.barrier();
-    if (team.id == 0) group(layer.moe, in.rows);
+    if (team.id == 0) group(layer.moe, in);
     team.barrier();
 }
 
 // The same by the first thread, where it is done sooner than all threads would have met.
 inline void FeedForward::route_alone(
-    Team& team, const Layer& layer, const Activations& in, const float* x, const Routes& to) {
+    Team& team, const Layer& layer, int queries, const float* x, const Routes& to) {
     if (team.id == 0) {
         Shared alone;
         Team one{alone, 0};
-        route(one, layer, in, x, to);
+        route(one, layer, queries, x, to);
     }
     team.barrier();
 }
@@ -142,7 +153,7 @@ inline void FeedForward::sparse(Team& team, int queries, float* x) {
     const int64_t h = model.hidden;
     linear(team, up_jobs, job_count);
     team.barrier();
-    activate(team, expert_inner);
+    for (int64_t piece; (piece = team.next()) < activation_pieces(expert_inner);) activate(expert_inner, piece);
     team.barrier();
     linear(team, down_jobs, job_count);
     team.barrier();
@@ -156,6 +167,7 @@ inline void FeedForward::sparse(Team& team, int queries, float* x) {
             y[i] += total;
         }
     });
+    team.barrier();
 }
 
 // Sigmoid scores; the highest `per_token` of score + correction bias (the lower index where they are equal); weights
@@ -187,9 +199,9 @@ inline void FeedForward::choose(const MoE& moe, int row, const Routes& to) {
 }
 
 // Sorts the pairs by expert and writes down the multiplications of each.
-inline void FeedForward::group(const MoE& moe, int queries) {
-    const int pairs = queries * model.per_token, width = model.expert_width;
-    expert_in = rows.input(rows.normed, queries, model.hidden);
+inline void FeedForward::group(const MoE& moe, const Activations& in) {
+    const int pairs = in.rows * model.per_token, width = model.expert_width;
+    expert_in = in;
     expert_inner = rows.input(activated, pairs, width);
     std::fill(ends, ends + model.experts, 0);
     for (int i = 0; i < pairs; ++i) ++ends[chosen[i]];

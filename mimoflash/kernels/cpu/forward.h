@@ -38,8 +38,8 @@ inline int most_rows(const Model& model, const Step& step) {
 
 inline Forward::Forward(const Model& m, Workspace& memory, const Step& s, int threads)
     : model(m), step(s),
-      rows(m, memory, most_rows(m, s)), attention(rows, memory, threads, most_rows(m, s), s.tokens_count),
-      ffn(rows, memory, s.tokens_count), batch(take_batch(memory, m, s.tokens_count, s.sequences)) {
+      rows(m, memory, most_rows(m, s), threads), attention(rows, memory, threads, most_rows(m, s), s.tokens_count),
+      ffn(rows, memory, threads, s.tokens_count), batch(take_batch(memory, m, s.tokens_count, s.sequences)) {
     x = memory.take<float>(static_cast<int64_t>(step.tokens_count) * model.hidden);
     int row = 0;
     for (int i = 0; i < step.sequences; ++i) {
@@ -60,6 +60,7 @@ inline void Forward::run(Team& team) {
         rows.embed(step.tokens[row], x + static_cast<int64_t>(row) * model.hidden);
         for (int shape = 0; shape < 2; ++shape) rows.angles(batch, row, shape);
     });
+    team.barrier();
     Routes routes{step.routes, static_cast<int64_t>(model.moe_layers) * model.per_token, step.route_bytes};
     for (int i = 0; i < model.layer_count; ++i) {
         const Layer& layer = model.layers[i];
@@ -68,7 +69,6 @@ inline void Forward::run(Team& team) {
         ffn.run(team, layer, step.tokens_count, x, routes);
         if (layer.is_sparse) routes = routes.next(model.per_token);
     }
-    team.barrier();
     if (fills) fill_mtp(team);
     if (model.cache.kept) own_rows(team, step.tokens_count, [&](int row) { keep_hidden(row); });
     logits(team);
@@ -76,13 +76,10 @@ inline void Forward::run(Team& team) {
 
 // logits_rows -> (N, vocabulary)
 inline void Forward::logits(Team& team) {
-    const Activations in = rows.input(rows.normed, step.logits_count, model.hidden);
-    own_rows(team, step.logits_count, [&](int i) {
-        const int64_t h = model.hidden;
-        rows.norm(x + step.logits_rows[i] * h, model.final_norm, rows.normed + i * h);
-        rows.prepare(in, i, 0, in.k);
+    const Activations in = rows.norm_input(team, step.logits_count);
+    rows.stage(team, in, [&](int i) {
+        rows.norm_row(i, x + int64_t{step.logits_rows[i]} * in.k, model.final_norm, in);
     });
-    team.barrier();
     const LinearJob head{&model.head, &in, nullptr, nullptr, step.logits_count, step.logits, model.vocab, false};
     linear(team, &head, 1);
 }

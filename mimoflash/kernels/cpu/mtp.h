@@ -106,8 +106,8 @@ inline int Drafting::plan_rows() const {
 }
 
 inline Drafting::Drafting(const Model& m, Workspace& memory, const DraftStep& d, int threads)
-    : model(m), step(d), most_rows(plan_rows()), rows(m, memory, most_rows),
-      attention(rows, memory, threads, most_rows, d.sequences), ffn(rows, memory, d.sequences),
+    : model(m), step(d), most_rows(plan_rows()), rows(m, memory, most_rows, threads),
+      attention(rows, memory, threads, most_rows, d.sequences), ffn(rows, memory, threads, d.sequences),
       width(RECENT + d.count) {
     known = memory.take<int32_t>(static_cast<int64_t>(step.sequences) * width);
     query_rows = memory.take<int32_t>(static_cast<int64_t>(step.sequences) * step.count);
@@ -139,7 +139,7 @@ inline void Drafting::plan_layer(MTPRows& r, int k) {
 
 inline void Drafting::run(Team& team) {
     const int64_t h = model.hidden;
-    const Activations in = rows.input(rows.normed, step.sequences, model.hidden);
+    const Activations in = rows.norm_input(team, step.sequences);
     for (int k = 0; k < model.cache.drafts; ++k) {
         const MTPLayer& layer = model.mtp[k];
         MTPRows& r = layers[k];
@@ -154,8 +154,7 @@ inline void Drafting::run(Team& team) {
         attention.project(team, layer.block, r.batch, r.x);
         attention.attend(team, layer.block, r.batch, x);
         ffn.run(team, layer.block, step.sequences, x, {});
-        own_rows(team, step.sequences, [&](int row) { rows.norm_row(row, x, layer.final_norm, in); });
-        team.barrier();
+        rows.stage(team, in, [&](int row) { rows.norm_row(row, x + row * h, layer.final_norm, in); });
         const Matrix& w = model.draft_head;
         const LinearJob head{&w, &in, nullptr, nullptr, step.sequences, logits, w.n, false};
         linear(team, &head, 1);

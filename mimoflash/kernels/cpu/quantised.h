@@ -204,32 +204,74 @@ void quantised(const Piece& piece) {
     }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline __m128i halves(Ints v, __m128i (*join)(__m128i, __m128i)) {
+    __m128i four = join(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    four = join(four, _mm_shuffle_epi32(four, 0x4e));
+    return join(four, _mm_shuffle_epi32(four, 0xb1));
+}
+
+inline int32_t largest_of(Ints v) {
+    return _mm_cvtsi128_si32(halves(v, [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); }));
+}
+
+inline int32_t sum_of(Ints v) {
+    return _mm_cvtsi128_si32(halves(v, [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); }));
+}
+
+// A group's whole numbers of -127 to 127, side by side.
+inline void put_bytes(const Ints (&v)[4], int8_t* to) {
+    const __m256i first = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]);
+    const __m256i second = _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, second), order);
+    memcpy(to, &bytes, sizeof bytes);
+}
+#else
+inline int32_t largest_of(Ints v) {
+    int32_t most = v[0];
+    for (int i = 1; i < WIDTH; ++i) most = std::max(most, v[i]);
+    return most;
+}
+
+inline int32_t sum_of(Ints v) {
+    int32_t total = 0;
+    for (int i = 0; i < WIDTH; ++i) total += v[i];
+    return total;
+}
+
+// A group's whole numbers of -127 to 127, side by side.
+inline void put_bytes(const Ints (&v)[GROUP / WIDTH], int8_t* to) {
+    typedef int8_t Small __attribute__((vector_size(WIDTH)));
+    for (int i = 0; i < GROUP / WIDTH; ++i) {
+        const Small small = __builtin_convertvector(v[i], Small);
+        memcpy(to + i * WIDTH, &small, sizeof small);
+    }
+}
+#endif
+
 // 32 values to q and its sum; returns the scale. NaN and infinity give a scale that spoils the row, as they should.
 inline float quantise_group(const float* x, int8_t* q, int32_t* sum) {
-    typedef int8_t Small __attribute__((vector_size(WIDTH)));
     constexpr int VECTORS = GROUP / WIDTH;
     Ints largest{};  // of the absolute values' bits: NaN is above infinity, infinity above all numbers
     for (int i = 0; i < VECTORS; ++i) {
         Ints size = (Ints)load(x + i * WIDTH) & 0x7fffffff;
         largest = size > largest ? size : largest;
     }
-    int32_t bits = 0;
-    for (int i = 0; i < WIDTH; ++i) bits = std::max(bits, largest[i]);
+    const int32_t bits = largest_of(largest);
     float most;
     memcpy(&most, &bits, sizeof most);
     const bool finite = bits < 0x7f800000, spread = most > 1e-30f;  // below, 127 / most would overflow
     const Floats inverse = splat(finite && spread ? 127.0f / most : 0.0f);
     const Floats shift = splat(0x1.8p23f);  // adding it rounds to a whole number, which then stands in the low bits
-    Ints total{};
+    Ints total{}, whole[VECTORS];
     for (int i = 0; i < VECTORS; ++i) {
         Floats value = finite ? load(x + i * WIDTH) : Floats{};
-        Ints whole = (Ints)(value * inverse + shift) - (Ints)shift;
-        total += whole;
-        Small small = __builtin_convertvector(whole, Small);
-        memcpy(q + i * WIDTH, &small, sizeof small);
+        whole[i] = (Ints)(value * inverse + shift) - (Ints)shift;
+        total += whole[i];
     }
-    *sum = 0;
-    for (int i = 0; i < WIDTH; ++i) *sum += total[i];
+    put_bytes(whole, q);
+    *sum = sum_of(total);
     return finite && !spread ? 0.0f : most / 127.0f;
 }
 

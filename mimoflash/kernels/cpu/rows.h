@@ -1,7 +1,8 @@
 // Rows: what a pass runs, how threads share its rows, and the stages that take one row at a time.
 //
 // R rows get keys and values; Q of them (all, in the trunk) go on as queries. Row stages give row r always to the same
-// thread, so that row stages which follow each other need no barrier between them; `linear` and attention do.
+// thread, so that row stages which follow each other need no barrier between them; `linear` and attention do. Where they
+// are few, every thread does all rows for itself: that is done sooner than all would have met.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -56,22 +57,47 @@ inline int64_t widest_input(const Model& model) {
 }
 
 struct Rows {
-    const Model& model;
-    float* normed;          // (rows, H) input of the projections
-    Activations quantised;  // the quantised form of one stage's input
+    static constexpr int64_t FEW = 4096;  // values that every thread works out for itself
 
-    Rows(const Model& m, Workspace& memory, int64_t rows) : model(m), quantised{} {
-        normed = memory.take<float>(rows * model.hidden);
+    const Model& model;
+    float* normed;          // (rows, H) input of the projections; a copy of FEW for each thread
+    Activations quantised;  // the quantised form of one stage's input, likewise
+
+    Rows(const Model& m, Workspace& memory, int64_t rows, int threads) : model(m), quantised{} {
+        normed = memory.take<float>(std::max(rows * model.hidden, threads * FEW));
         if (model.head.kind < INT8) return;
-        const int64_t widest = rows * widest_input(model);
+        const int64_t widest = std::max(rows * widest_input(model), threads * FEW / GROUP);
         quantised.q = memory.take<int8_t>(widest * GROUP);
         quantised.scale = memory.take<float>(widest);
         quantised.sum = memory.take<int32_t>(widest);
     }
 
-    // x (rows, k) as `linear` takes it.
-    Activations input(const float* x, int rows, int k) const {
-        return {x, k, rows, k, quantised.q, quantised.scale, quantised.sum};
+    static bool few(int rows, int k) { return int64_t{rows} * groups(k) * GROUP <= FEW; }
+
+    // Where this thread's copy begins, if they are few.
+    static int64_t copy(const Team& team, int rows, int k) { return few(rows, k) ? team.id * FEW : 0; }
+
+    // x (rows, k) as `linear` takes it, the quantised form from `at` on.
+    Activations input(const float* x, int rows, int k, int64_t at = 0) const {
+        if (quantised.q == nullptr) return {x, k, rows, k, nullptr, nullptr, nullptr};
+        return {x, k, rows, k, quantised.q + at, quantised.scale + at / GROUP, quantised.sum + at / GROUP};
+    }
+
+    // Room for normed rows, for `norm_row` to fill.
+    Activations norm_input(const Team& team, int rows) const {
+        const int64_t at = copy(team, rows, model.hidden);
+        return input(normed + at, rows, model.hidden, at);
+    }
+
+    // Calls f(row) for the rows of x, each thread for its own, and then all meet; of few rows each thread for all.
+    template <class F>
+    void stage(Team& team, const Activations& x, F f) const {
+        if (few(x.rows, x.k)) {
+            for (int row = 0; row < x.rows; ++row) f(row);
+            return;
+        }
+        own_rows(team, x.rows, f);
+        team.barrier();
     }
 
     // Makes `count` columns of a row from `from`, a multiple of GROUP, on ready for multiplications.
@@ -99,13 +125,14 @@ struct Rows {
         float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
         for (; i < h; ++i) total += x[i] * x[i];
         const float scale = 1.0f / std::sqrt(total / static_cast<float>(h) + model.epsilon);
-        for (int j = 0; j < h; ++j) y[j] = x[j] * scale * weight[j];
+        int j = 0;
+        for (; j + WIDTH <= h; j += WIDTH) store(y + j, load(x + j) * splat(scale) * load(weight + j));
+        for (; j < h; ++j) y[j] = x[j] * scale * weight[j];
     }
 
-    // The row of x (rows, H), normed and ready for multiplications.
+    // The vector x (H), normed and ready for multiplications, becomes a row of `in`, see `norm_input`.
     void norm_row(int row, const float* x, const float* weight, const Activations& in) const {
-        const int64_t at = static_cast<int64_t>(row) * model.hidden;
-        norm(x + at, weight, normed + at);
+        norm(x, weight, const_cast<float*>(in.x) + row * in.stride);
         prepare(in, row, 0, in.k);
     }
 
@@ -135,7 +162,13 @@ struct Rows {
         const float* cos = batch.cos[which] + static_cast<int64_t>(row) * half;
         const float* sin = batch.sin[which] + static_cast<int64_t>(row) * half;
         for (int head = 0; head < heads; ++head, x += width) {
-            for (int i = 0; i < half; ++i) {
+            int i = 0;
+            for (; i + WIDTH <= half; i += WIDTH) {
+                const Floats first = load(x + i), second = load(x + i + half), c = load(cos + i), s = load(sin + i);
+                store(x + i, first * c - second * s);
+                store(x + i + half, second * c + first * s);
+            }
+            for (; i < half; ++i) {
                 const float first = x[i], second = x[i + half];
                 x[i] = first * cos[i] - second * sin[i];
                 x[i + half] = second * cos[i] + first * sin[i];
