@@ -17,8 +17,15 @@ app.add_typer(bench_app, name="bench")
 
 Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, a run's folder, a hub id, or smol.")]
 Seed = Annotated[int | None, typer.Option(help="Fixes what is sampled.")]
+Weights = Literal["float32", "bf16", "int8", "int4"]
 Dtype = Annotated[
-    Literal["float32", "bf16", "int8", "int4"] | None, typer.Option(help="Of the weights; if not given, as stored.")
+    Weights | None,
+    typer.Option(help="Of the weights: float32, bf16, int8 or int4; if not given, as the model stores them."),
+]
+BenchDtype = Annotated[
+    Weights | None,
+    typer.Option(help="Of both sides' weights: float32, bf16, int8 or int4 (llama.cpp's Q8_0, Q4_1); "
+                      "if not given, float32, and int4 for smol."),
 ]
 Speculate = Annotated[int | None, typer.Option(help="Drafts a step, 0 to 3; if not given, all MTP layers draft.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -59,10 +66,10 @@ def run(
 
 def _run(recipe: str, out: Path, *, only: str | None, changes: list[str], resume: bool) -> None:
     with _user_errors():
-        from mimoflash import run as runs
         from mimoflash.recipe import load_recipe
+        from mimoflash.run import run as run_stages
 
-        runs.run(load_recipe(recipe, changes), out, only=only, resume=resume, say=typer.echo)
+        run_stages(load_recipe(recipe, changes), out, only=only, resume=resume, say=typer.echo)
         for file in ("summary.json", "report.html"):
             if (out / file).exists():
                 typer.echo(str(out / file))
@@ -78,7 +85,7 @@ def generate(
     """Continue a text as it is, without a chat template."""
     with _user_errors():
         from mimoflash.engine import SamplingParams
-        from mimoflash.run import open_engine
+        from mimoflash.models import open_engine
         from mimoflash.serve.terminal import stream_text
 
         text = sys.stdin.read() if prompt == "-" else prompt
@@ -100,7 +107,7 @@ def chat(
     """Talk to a model. An empty line or Ctrl-D ends it, Ctrl-C stops an answer."""
     with _user_errors():
         from mimoflash.engine import SamplingParams
-        from mimoflash.run import open_engine
+        from mimoflash.models import open_engine
         from mimoflash.serve.terminal import converse
 
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -119,9 +126,9 @@ def convert(
 ) -> None:
     """Write a model in another format."""
     with _user_errors():
-        from mimoflash import run as runs
+        from mimoflash import models
 
-        runs.convert(source, target, format=format, dtype=dtype)
+        models.convert(source, target, format=format, dtype=dtype)
         typer.echo(str(target))
 
 
@@ -151,7 +158,7 @@ def bench_train(
 
 @bench_app.command("decode")
 def bench_decode(
-    peer: Peer = None, shape: Shape = "nano", dtype: Dtype = None, streams: Streams = 1,
+    peer: Peer = None, shape: Shape = "nano", dtype: BenchDtype = None, streams: Streams = 1,
     context: Annotated[
         list[int] | None, typer.Option(help="Random prompts of so many tokens, may be given again; else a model's own.")
     ] = None,
@@ -164,12 +171,8 @@ def bench_decode(
     with _user_errors():
         from mimoflash.benchmarks.decode import bench_decode as bench
 
-        if (Path(shape) / "recipe.json").exists():
-            from mimoflash.run import find_model
-
-            own = Path(shape) / "evaluate" / "conversations.json"  # held-out tasks
-            prompts = own if not (prompts or context) and own.exists() else prompts
-            shape = str(find_model(shape))
+        own = Path(shape) / "evaluate" / "conversations.json"  # a run's held-out tasks
+        prompts = own if not (prompts or context) and own.exists() else prompts
         bench(
             shape, peer=peer, dtype=dtype, streams=streams, contexts=context or [], speculate=speculate,
             tokens=tokens, pairs=pairs, prompts=prompts, json_file=json_file, say=typer.echo,
@@ -178,7 +181,7 @@ def bench_decode(
 
 @bench_app.command("prefill")
 def bench_prefill(
-    peer: Peer = None, shape: Shape = "nano", dtype: Dtype = None, streams: Streams = 1,
+    peer: Peer = None, shape: Shape = "nano", dtype: BenchDtype = None, streams: Streams = 1,
     context: Annotated[list[int] | None, typer.Option(help="Tokens of a prompt, may be given again; else 512.")] = None,
     pairs: Pairs = 5, json_file: Json = None,
 ) -> None:

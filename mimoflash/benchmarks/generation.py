@@ -114,7 +114,8 @@ def open_sides(task: Task) -> Iterator[Opened]:
         )
         settings = {
             "threads": torch.get_num_threads(), "dtype": task.dtype, "streams": task.streams,
-            "speculate": task.speculate, "endless": subject.prompts is None, "source": subject.source,
+            "speculate": task.speculate, "decodes": task.tokens > 1, "endless": subject.prompts is None,
+            "source": subject.source,
             "positions": max(map(len, subject.prompts or [[0] * (longest or CONTEXT)])) + task.tokens + SPARE,
         }
         sides = {"ours": settings | {"side": "ours"}}

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from mimoflash.checkpoint import load_model, resolve, save_gguf, save_model
+from mimoflash.checkpoint import save_gguf, save_model
 from mimoflash.config import WINDOW, ModelConfig
 from mimoflash.model import Transformer
+from mimoflash.models import find_model, open_model
 from mimoflash.text import Tokenizer, load_tokenizer, render_chat
 from mimoflash.text.vocabulary import read_gguf_fields
 
@@ -34,7 +35,7 @@ _Q4_1_FILE = 3  # general.file_type
 
 @dataclass(frozen=True)
 class Subject:
-    """`source`: what `load_model` takes. `prompts`: token ids that the model is asked to continue until its end token;
+    """`source`: what `open_model` takes. `prompts`: token ids that the model is asked to continue until its end token;
     None for random tokens, continued for as long as is measured."""
 
     name: str
@@ -102,13 +103,14 @@ def _is_model(shape: str) -> bool:
     """Weights are there: not a shape that comes along, nor a bare config.json."""
     place = Path(shape)
     named = (SHAPES / f"{shape}.json").exists()
-    return not named and (shape == "smol" or place.suffix == ".gguf" or any(place.glob("*.safetensors")))
+    is_folder = (place / "recipe.json").exists() or any(place.glob("*.safetensors"))
+    return not named and (shape == "smol" or place.suffix == ".gguf" or is_folder)
 
 
 def _model(shape: str, context: int | None, prompts: Path | None) -> Subject:
     if context is not None and prompts is not None:
         raise ValueError("--context asks for random prompts of that length, --prompts for those: give one of them")
-    tokenizer = load_tokenizer(resolve(shape))
+    tokenizer = load_tokenizer(find_model(shape))
     asked = None
     if context is None:
         conversations = read_conversations(prompts) if prompts else [_question(text) for text in QUESTIONS]
@@ -116,7 +118,7 @@ def _model(shape: str, context: int | None, prompts: Path | None) -> Subject:
             tokenizer.encode(render_chat(tokenizer, messages, tools, enable_thinking=True))
             for messages, tools in conversations
         ]
-    return Subject(shape, shape, load_model(shape).config, tokenizer, asked)
+    return Subject(shape, shape, open_model(shape).config, tokenizer, asked)
 
 
 Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]  # messages, tools
@@ -148,13 +150,13 @@ def _question(text: str) -> Conversation:
 
 def gguf_file(subject: Subject, dtype: str, scratch: Path) -> Path:
     """The same weights as GGUF: the model's own file where it is stored in that type, else written into `scratch`."""
-    own = resolve(subject.source)
+    own = find_model(subject.source)
     if own.suffix == ".gguf" and dtype == "int4" and read_gguf_fields(own).get("general.file_type") == _Q4_1_FILE:
         return own
     known = subject.tokenizer
     fields = _numbered_words(subject.config.vocab_size) if known is None else known.gguf_fields()
     file = scratch / f"{dtype}.gguf"
-    model = load_model(subject.source, dtype="float32")
+    model = open_model(subject.source, dtype="float32")
     if WINDOW not in subject.config.layer_types:
         model.set_mtp_layers(0)  # GGUF's `llama` has none
     save_gguf(model, file, dtype=GGUF_TYPES[dtype], tokenizer=fields)
@@ -163,10 +165,10 @@ def gguf_file(subject: Subject, dtype: str, scratch: Path) -> Path:
 
 def published_folder(subject: Subject, scratch: Path) -> Path:
     """The same weights in the published format, for transformers."""
-    own = resolve(subject.source)
+    own = find_model(subject.source)
     if own.is_dir():
         return own
-    save_model(load_model(own, dtype="float32"), scratch / "published", dtype="float32")
+    save_model(open_model(subject.source, dtype="float32"), scratch / "published", dtype="float32")
     return scratch / "published"
 
 

@@ -11,8 +11,13 @@ from mimoflash.checkpoint.files import sync
 from mimoflash.checkpoint.layout import published_tensors
 from mimoflash.model import Transformer
 
+HEADS = "heads.safetensors"  # beside the training that made them
 SMOL_HEADS = Path(__file__).parent.parent / "heads" / "smol-mtp.safetensors"
 _MTP, _DRAFT_TOKENS, _TRUNK = "model.mtp.", "draft_tokens", "trunk_sha256"
+
+
+class OtherTrunk(ValueError):
+    """MTP layers do not belong to this trunk."""
 
 
 def save_heads(model: Transformer, file: Path, trunk: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -28,14 +33,15 @@ def save_heads(model: Transformer, file: Path, trunk: Path, dtype: torch.dtype =
 
 
 def load_heads(model: Transformer, file: Path, trunk: Path) -> None:
-    """Gives `model`, read from the file `trunk`, the MTP layers in `file`; none where they belong to another trunk.
+    """Gives `model`, read from the file `trunk`, the MTP layers in `file`.
 
-    Raises ValueError naming the file where it is damaged, or not of this model's shape.
+    Raises OtherTrunk, a ValueError, naming both files where they belong to another trunk, and ValueError naming the
+    file where it is damaged, or not of this model's shape.
     """
     try:
         with safe_open(file, "pt") as heads:
             if (heads.metadata() or {}).get(_TRUNK) != file_sha256(trunk):
-                return
+                raise OtherTrunk(f"{file}: these MTP layers were trained for another model than {trunk} (sha256)")
             tensors = {name: heads.get_tensor(name) for name in heads.keys()}  # noqa: SIM118  not a dictionary
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: not a whole safetensors file ({error}): install the package again") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mimoflash.checkpoint import fp8
 from mimoflash.checkpoint.gguf_in import read_gguf
-from mimoflash.checkpoint.heads import SMOL_HEADS, load_heads
+from mimoflash.checkpoint.heads import SMOL_HEADS, OtherTrunk, load_heads
 from mimoflash.checkpoint.layout import EMBEDDING, LM_HEAD, empty_model, materialise, published_tensors
 from mimoflash.checkpoint.shards import Entry, Shards, is_pickle, open_shard, refusal
 from mimoflash.checkpoint.smol import smol_path
@@ -36,7 +36,10 @@ def load_model(
     place, wanted = resolve(path), as_dtype(dtype)
     model = read_gguf(place, wanted, device) if place.suffix == ".gguf" else _read_folder(place, wanted, device)
     if str(path) == "smol" and SMOL_HEADS.is_file():
-        load_heads(model, SMOL_HEADS, place)
+        try:
+            load_heads(model, SMOL_HEADS, place)
+        except OtherTrunk as error:  # MIMOFLASH_SMOL may name any file
+            warnings.warn(f"{error}: loaded without them", stacklevel=2)
     return model
 
 

@@ -17,9 +17,10 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: 
     if x.dtype == torch.float64 or any(row * x.itemsize % 16 for row in rows):
         return reference_experts(x, gate_up, down, indices, weights)  # what grouped_mm does not take
     tokens, per_token = indices.shape
-    order = indices.flatten().argsort(stable=True)  # (T K,) places sorted by expert
+    sorted_ids, order = indices.flatten().sort(stable=True)  # (T K,), and the places that they come from
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    ends = torch.bincount(indices.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+    numbers = torch.arange(gate_up.shape[0], device=order.device)
+    ends = torch.searchsorted(sorted_ids, numbers, right=True, out_int32=True)  # bincount would wait for a GPU
 
     x_S = _Dispatch.apply(x, order, back, per_token)  # (T K, H)
     gate, up = F.grouped_mm(x_S, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)

@@ -14,6 +14,7 @@ from mimoflash.data import ShardReader, ShardWriter
 from mimoflash.data.dedup import identity_hash
 from mimoflash.engine import Engine, SamplingParams
 from mimoflash.text import Tokenizer, render_chat
+from mimoflash.train.settings import check_least
 
 _USER = "\x00"  # stands for what the user says, where a template is cut
 
@@ -36,9 +37,7 @@ class ConversationSettings:
     held_out: float = 0.03
 
     def __post_init__(self) -> None:
-        for name in ("parts", "conversations", "turns", "user_tokens", "answer_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: 1 or more is needed")
+        check_least(self, 1, "parts", "conversations", "turns", "user_tokens", "answer_tokens")
         if not 0 <= self.greedy_share <= 1:
             raise ValueError(f"greedy_share is {self.greedy_share}: a share from 0 to 1 is needed")
         if not 0 < self.held_out < 1:
@@ -122,8 +121,12 @@ def _ask(
     prompts = []
     for conversation in conversations:
         said = [*conversation.messages, {"role": "user", "content": _USER}]
-        before = render_chat(tokenizer, said, generation_prompt=False).partition(_USER)[0]
-        prompts.append(conversation.tokens + tokenizer.encode(before.removeprefix(conversation.text)))
+        before, found, _ = render_chat(tokenizer, said, generation_prompt=False).partition(_USER)
+        if not found:
+            raise ValueError("the chat template does not render what the user says as it is: it cannot be used here")
+        if (new := _new_part(conversation, before)) is not None:
+            prompts.append(conversation.tokens + tokenizer.encode(new))
+    conversations = [c for c in conversations if c.open]
     params = [
         SamplingParams(max_tokens=settings.user_tokens, temperature=settings.user_temperature, seed=number)
         for number in random.integers(2**31, size=len(conversations)).tolist()
@@ -143,8 +146,12 @@ def _answer(
     answer that is cut off closes its conversation."""
     for conversation in conversations:
         text = render_chat(tokenizer, conversation.messages)
-        _extend(conversation, tokenizer.encode(text.removeprefix(conversation.text)), own=False)
+        if (new := _new_part(conversation, text)) is None:
+            conversation.messages.pop()
+            continue
+        _extend(conversation, tokenizer.encode(new), own=False)
         conversation.text = text
+    conversations = [c for c in conversations if c.open]
     greedy = random.random(len(conversations)) < settings.greedy_share
     params = [
         SamplingParams(
@@ -161,6 +168,14 @@ def _answer(
         conversation.messages.append(answer)
         rendered = render_chat(tokenizer, conversation.messages, generation_prompt=False)
         conversation.open = output.finish_reason == "stop" and rendered.startswith(conversation.text)
+
+
+def _new_part(conversation: Conversation, rendered: str) -> str | None:
+    """What the rendered messages have after the conversation's text. None where they do not begin with it, since a
+    template may write an earlier turn otherwise once another follows (without its reasoning): then the conversation
+    closes."""
+    conversation.open = rendered.startswith(conversation.text)
+    return rendered[len(conversation.text) :] if conversation.open else None
 
 
 def _extend(conversation: Conversation, tokens: Sequence[int], *, own: bool) -> None:

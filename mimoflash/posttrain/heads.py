@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mimoflash.checkpoint import save_heads
+from mimoflash.checkpoint import HEADS, save_heads
 from mimoflash.data import HiddenRows
 from mimoflash.engine import Engine, SamplingParams
 from mimoflash.engine.speculation import replay_speculation
@@ -14,9 +14,7 @@ from mimoflash.model import Transformer
 from mimoflash.posttrain.conversations import read_conversations
 from mimoflash.text import Tokenizer
 from mimoflash.train import HeadsSettings, train_heads
-from mimoflash.train.heads import add_heads, draft_vocabulary, remember_hidden
-
-HEADS = "heads.safetensors"
+from mimoflash.train.heads_start import add_heads, draft_vocabulary, remember_hidden
 
 
 def make_heads(
@@ -48,18 +46,22 @@ def measure_heads(
     model: Transformer, tokenizer: Tokenizer, conversations: Path, *, prompts: int, max_tokens: int
 ) -> dict[str, Any]:
     """What the MTP layers gain on the first questions of held-out conversations, answered greedily: the tokens of a
-    step, and the share of the steps in which draft 1, 2, .. counted."""
+    step, and the share of the steps in which draft 1, 2, .. counted. Raises ValueError where there is no such
+    question."""
     questions = [
         tokens[: mask.argmax()].tolist()
         for shard in read_conversations(conversations, "held_out")
         for tokens, mask in map(shard.document, range(len(shard)))
     ][:prompts]
+    if not questions:
+        raise ValueError(f"{conversations} has no held-out conversation: generate more, or hold out a larger share")
     answers = Engine(model, tokenizer).generate(questions, SamplingParams(max_tokens=max_tokens))
     gains = [
         gain
         for question, answer in zip(questions, answers, strict=True)
         for gain in replay_speculation(model, question, answer.tokens, model.model.mtp.draft_tokens)
     ]
+    assert gains, "an answer has one token at least"
     layers = model.config.num_nextn_predict_layers
     accepted = [sum(gain > k for gain in gains) / len(gains) for k in range(1, layers + 1)]
     return {"prompts": len(questions), "accept_length": sum(gains) / len(gains), "accepted": accepted}

@@ -7,30 +7,27 @@ from it, over a draft vocabulary of the tokens that the text has most.
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimoflash.checkpoint import load_training_state, save_training_state
-from mimoflash.data import Batch, HiddenBatch, HiddenRows, ShardReader
+from mimoflash.data import Batch, HiddenBatch, HiddenRows
 from mimoflash.model import Transformer
-from mimoflash.model.mtp import MTPLayer
 from mimoflash.model.transformer import MTP
 from mimoflash.train.losses import LossOutput
 from mimoflash.train.monitor import Monitor
 from mimoflash.train.optimizer import learning_rate
+from mimoflash.train.settings import check_least, check_rates
 from mimoflash.train.trainer import Trainer
 
-_RIDGE = 1e-2  # of the mean square of what is multiplied
 _ROWS = 128  # a chunk's logits over a few thousand tokens stay in the processor's cache
+
 
 @dataclass(frozen=True)
 class HeadsSettings:
@@ -59,17 +56,14 @@ class HeadsSettings:
     evaluate_every: int = 100  # steps
 
     def __post_init__(self) -> None:
-        for name in (
-            "tokens", "layers", "draft_tokens", "batch", "fit_tokens", "save_every", "evaluate_rows", "evaluate_every"
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: 1 or more is needed")
+        check_least(self, 1, "tokens", "layers", "draft_tokens", "batch", "fit_tokens")
+        check_least(self, 1, "save_every", "evaluate_rows", "evaluate_every")
+        check_least(self, 0, "warmup_tokens")
+        check_rates(self.peak_lr, self.final_lr)
         if self.sequence_length < self.layers + 2:
             raise ValueError(
                 f"sequence_length is {self.sequence_length}: {self.layers} layers look {self.layers + 1} places ahead"
             )
-        if not 0 <= self.final_lr <= self.peak_lr or self.peak_lr == 0:
-            raise ValueError(f"peak_lr is {self.peak_lr}, final_lr {self.final_lr}: 0 < peak_lr >= final_lr is needed")
 
     @property
     def steps(self) -> int:
@@ -82,116 +76,6 @@ class HeadsSettings:
             tokens, peak=self.peak_lr, final=self.final_lr, warmup_tokens=self.warmup_tokens, constant_tokens=0,
             total_tokens=self.tokens,
         )
-
-
-def draft_vocabulary(shards: Sequence[ShardReader], size: int, vocab_size: int) -> Tensor:
-    """The `size` tokens that the text has most, ids sorted. Where it has fewer, the lowest ids follow: what a BPE has
-    merged first is frequent in any text."""
-    counts = sum(np.bincount(shard.tokens, minlength=vocab_size) for shard in shards)
-    most = np.argsort(-counts, kind="stable")[:size]
-    return torch.from_numpy(np.sort(most))
-
-
-@torch.inference_mode()
-def remember_hidden(model: Transformer, shard: ShardReader, file: Path) -> NDArray[np.float16]:
-    """The trunk's hidden states at the shard's tokens (N, H), before its final norm, from `file`, written if there is
-    none."""
-    if not file.exists():
-        states = []
-        for index in range(len(shard)):
-            tokens = torch.from_numpy(shard.document(index)[0].astype(np.int64))
-            hidden = model.trunk(tokens[None].to(model.lm_head.weight.device)).hidden
-            states.append(hidden[0].to("cpu", torch.float16).numpy())
-        temporary = file.with_suffix(".tmp")
-        with temporary.open("wb") as out:
-            np.save(out, np.concatenate(states) if states else np.zeros((0, model.config.hidden_size), np.float16))
-        temporary.replace(file)
-    return np.load(file, mmap_mode="r")
-
-
-@torch.no_grad()
-def add_heads(
-    model: Transformer, shards: Sequence[ShardReader], hidden: Sequence[NDArray[np.float16]], settings: HeadsSettings
-) -> None:
-    """Adds MTP layers up to `settings.layers`, each near to what it has to become (docs/log.md).
-
-    The first is the trunk's last layer, where the shapes are those of an MTP layer, and its `eh_proj` the least-squares
-    fit to what enters that layer one place later. Each further one is the layer before it, its `eh_proj` fitted to give
-    what that one gives one place later. `settings.fit_tokens` of the text tell.
-    """
-    for k in range(len(model.model.mtp.layers), settings.layers):
-        model.set_mtp_layers(k + 1)
-        if k == 0:
-            _take_over(_layer(model, 0), model)
-        inputs, targets = [], []
-        for tokens, states in _documents(shards, hidden, settings.fit_tokens):
-            inputs.append(_projected(model, k, tokens[1 + k :], states[: -1 - k]))
-            if k == 0:
-                targets.append(_entering_last_layer(model, tokens)[1:])
-            else:
-                later = _projected(model, k - 1, tokens[1 + k :], states[1:-k])
-                targets.append(_layer(model, k - 1).eh_proj(later))
-        _layer(model, k).eh_proj.weight.copy_(_least_squares(torch.cat(inputs), torch.cat(targets)))
-
-
-def _documents(
-    shards: Sequence[ShardReader], hidden: Sequence[NDArray[np.float16]], count: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens (L,) and hidden states (L, H) float32 of the first documents, until they have `count` tokens."""
-    for shard, states in zip(shards, hidden, strict=True):
-        for index in range(len(shard)):
-            if count <= 0:
-                return
-            tokens = torch.from_numpy(shard.document(index)[0].astype(np.int64))
-            end = int(shard.ends[index])
-            yield tokens, torch.from_numpy(states[end - len(tokens) : end].astype(np.float32))
-            count -= len(tokens)
-
-
-def _layer(model: Transformer, k: int) -> MTPLayer:
-    layer = model.model.mtp.layers[k]
-    assert isinstance(layer, MTPLayer)
-    return layer
-
-
-def _take_over(layer: MTPLayer, model: Transformer) -> None:
-    """Weights of the trunk's last layer and final norm, as far as they have a place in an MTP layer."""
-    own, last = layer.state_dict(), model.model.layers[-1].state_dict()
-    for name, weight in last.items():
-        name = name.replace("post_attention_layernorm", "pre_mlp_layernorm")
-        if name in own and own[name].shape == weight.shape:
-            own[name].copy_(weight)
-    norm = model.model.norm.weight
-    layer.final_layernorm.weight.copy_(norm)
-    layer.hnorm.weight.copy_(norm / norm.square().mean().sqrt())  # dimensions far larger than others are tamed
-
-
-def _projected(model: Transformer, k: int, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """What `eh_proj` of layer k multiplies (L, 2 H)."""
-    layer = _layer(model, k)
-    embedding = model.model.embed_tokens(tokens.to(model.lm_head.weight.device))
-    return torch.cat([layer.enorm(embedding), layer.hnorm(hidden.to(embedding))], dim=-1)
-
-
-def _entering_last_layer(model: Transformer, tokens: Tensor) -> Tensor:
-    """The residual stream before the trunk's last layer (L, H)."""
-    caught: list[Tensor] = []
-    hook = model.model.layers[-1].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0][0]))
-    try:
-        model.trunk(tokens[None].to(model.lm_head.weight.device))
-    finally:
-        hook.remove()
-    return caught[0]
-
-
-def _least_squares(x: Tensor, y: Tensor) -> Tensor:
-    """W (Y, X) of the smallest |x W^T - y|^2 with a little ridge, in float64. A text's first places have hidden states
-    far larger than all others: rows count by their targets' size."""
-    x, y = x.double(), y.double()
-    weight = 1 / y.square().mean(-1, keepdim=True).clamp(min=1e-12)
-    gram = x.T @ (weight * x)
-    gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
-    return torch.linalg.solve(gram, x.T @ (weight * y)).T
 
 
 def train_heads(

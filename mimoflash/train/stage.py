@@ -16,6 +16,7 @@ from mimoflash.train.evaluate import held_out_losses
 from mimoflash.train.losses import language_model_loss
 from mimoflash.train.monitor import Monitor, fastest_dtype, matmul_peak
 from mimoflash.train.optimizer import batch_size, learning_rate
+from mimoflash.train.settings import check_least, check_rates
 from mimoflash.train.trainer import Trainer
 
 
@@ -53,17 +54,11 @@ class StageSettings:
     precision: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "micro_batch", "save_every", "evaluate_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: 1 or more is needed")
+        check_least(self, 1, "tokens", "batch", "micro_batch", "save_every", "evaluate_rows")
+        check_least(self, 0, "warmup_tokens", "constant_tokens", "batch_warmup_tokens", "first_batch", "mtp_layers")
+        check_rates(self.peak_lr, self.final_lr)
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length is {self.sequence_length}: a row needs two tokens at least")
-        counts = ("warmup_tokens", "constant_tokens", "batch_warmup_tokens", "first_batch", "mtp_layers")
-        for name in ("final_lr", *counts):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: 0 or more is needed")
-        if self.peak_lr <= 0 or self.final_lr > self.peak_lr:
-            raise ValueError(f"peak_lr is {self.peak_lr}, final_lr {self.final_lr}: 0 < peak_lr >= final_lr is needed")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}")
 

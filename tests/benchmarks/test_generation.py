@@ -34,8 +34,9 @@ def settings(shape, tmp_path_factory):
     scratch = tmp_path_factory.mktemp("weights")
     subject = open_subject(shape, scratch, context=None, tokens=16)
     return {
-        "threads": 1, "dtype": "float32", "streams": 3, "speculate": 0, "endless": True, "source": subject.source,
-        "positions": 96, "float32_cache": True, "file": str(gguf_file(subject, "float32", scratch)),
+        "threads": 1, "dtype": "float32", "streams": 3, "speculate": 0, "decodes": True, "endless": True,
+        "source": subject.source, "positions": 96, "float32_cache": True,
+        "file": str(gguf_file(subject, "float32", scratch)),
     }
 
 
@@ -46,6 +47,21 @@ def test_every_side_does_what_is_asked(settings, side):
     streams = side(settings).run([[5, 6, 7], [8, 9], [7, 8, 9, 10]], 12)
     assert [s.prompt for s in streams] == [3, 2, 4]
     assert all(s.tokens == 12 and s.passes == 11 and 0 < s.first < s.last for s in streams)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flash", "cache"),
+    [
+        ({}, "DISABLED", "F32"), ({"decodes": False}, "AUTO", "F32"), ({"float32_cache": False}, "AUTO", "F16"),
+    ],
+)
+def test_llama_cpp_runs_with_what_is_fastest_for_it(settings, monkeypatch, changes, flash, cache):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    given = []
+    monkeypatch.setattr(xllamacpp, "Server", given.append)
+    LlamaCpp(settings | changes)
+    assert given[0].flash_attn_type == getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
+    assert given[0].cache_type_k == given[0].cache_type_v == getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache}")
 
 
 @pytest.mark.parametrize("side", [Ours, LlamaCpp])

@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mimoflash.checkpoint import load, load_heads, load_model, save_gguf, save_heads
+from mimoflash.checkpoint import OtherTrunk, load, load_heads, load_model, save_gguf, save_heads
 from mimoflash.config import DENSE, GLOBAL
 
 
@@ -54,12 +54,13 @@ def test_the_file_has_the_published_names(trunk, tmp_path):
     assert names == {f"{layer}{name}.weight" for name in (*norms, "eh_proj", *matrices)} | {"draft_tokens"}
 
 
-def test_another_trunk_gets_none(trunk, tmp_path):
+def test_another_trunk_is_refused_by_name(trunk, tmp_path):
     save_heads(with_heads(trunk), tmp_path / "heads.safetensors", trunk)
     other = tmp_path / "other.gguf"
     other.write_bytes(trunk.read_bytes() + b"\0")
     model = load_model(trunk)
-    load_heads(model, tmp_path / "heads.safetensors", other)
+    with pytest.raises(OtherTrunk, match=r"heads\.safetensors.*other\.gguf"):
+        load_heads(model, tmp_path / "heads.safetensors", other)
     assert model.config.num_nextn_predict_layers == 0
     assert model.model.mtp.draft_tokens is None
 
@@ -78,6 +79,16 @@ def test_damage_is_named(trunk, tmp_path):
     save_file(tensors, file, metadata=metadata)
     with pytest.raises(ValueError, match="not those of MTP layers for this model"):
         load_heads(load_model(trunk), file, trunk)
+
+
+def test_another_smol_is_told_that_it_gets_none(trunk, tmp_path, monkeypatch):
+    save_heads(with_heads(trunk), tmp_path / "heads.safetensors", trunk)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(trunk.read_bytes() + b"\0")
+    monkeypatch.setenv("MIMOFLASH_SMOL", str(other))
+    monkeypatch.setattr(load, "SMOL_HEADS", tmp_path / "heads.safetensors")
+    with pytest.warns(UserWarning, match="loaded without them"):
+        assert load_model("smol").config.num_nextn_predict_layers == 0
 
 
 def test_only_smol_by_its_name_has_heads(trunk, tmp_path, monkeypatch):

@@ -5,23 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from triton_device import DEVICE
 
 from mimoflash.kernels import paged_attention as kernel
 from mimoflash.kernels.attention import reference_attention
 
 PLACES = 64
-DEVICE = "cuda" if torch.cuda.is_available() and not kernel.is_interpreted() else "cpu"
-
-
-@pytest.fixture(scope="module", params=["reference", "triton"])
-def implementation(request):
-    """Triton's kernels on the card, or on the CPU by its interpreter (TRITON_INTERPRET=1 before Python starts)."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "reference":
-            patch.setattr(kernel, "has_triton", lambda device: False)
-        elif not kernel.has_triton(torch.device(DEVICE)):
-            pytest.skip("needs Triton, and a GPU or TRITON_INTERPRET=1")
-        yield request.param
 
 
 @st.composite

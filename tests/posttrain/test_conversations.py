@@ -7,7 +7,7 @@ import pytest
 
 from mimoflash.data.dedup import identity_hash
 from mimoflash.engine import Engine
-from mimoflash.posttrain import ConversationSettings, read_conversations, write_conversations
+from mimoflash.posttrain import ConversationSettings, conversations, read_conversations, write_conversations
 from mimoflash.posttrain.conversations import converse
 from mimoflash.text import render_chat
 
@@ -45,6 +45,34 @@ def test_greedy_answers_are_the_models_own(engine, tokenizer, talker):
         taken = logits[:-1].gather(1, torch.tensor(c.tokens)[1:, None])[:, 0]
         own = torch.tensor(c.mask)[1:]
         assert (best - taken)[own].max() < 1e-4
+
+
+@pytest.mark.parametrize("answering", [False, True])
+def test_a_template_that_writes_earlier_turns_otherwise_closes_the_conversation(
+    answering, engine, tokenizer, monkeypatch
+):
+    """As many do with reasoning. What the model saw must not be mixed with what would be rendered; be that noticed when
+    the user is asked for the second time, or when the model answers then."""
+
+    def rendered(tokenizer, messages, generation_prompt=True):
+        text = render_chat(tokenizer, messages, generation_prompt=generation_prompt)
+        return text.replace("<", "[") if len(messages) == 3 and generation_prompt == answering else text
+
+    monkeypatch.setattr(conversations, "render_chat", rendered)
+    written = converse(engine, tokenizer, replace(SETTINGS, answer_tokens=300), (0, 0))
+    assert written
+    for c in written:
+        assert [m["role"] for m in c.messages] == ["user", "assistant"]
+        assert not c.open
+        first = c.mask.index(True)
+        assert c.tokens[:first] == tokenizer.encode(render_chat(tokenizer, c.messages[:1]))
+        assert all(c.mask[first:])
+
+
+def test_a_template_that_changes_what_is_said_is_refused(engine, tokenizer, monkeypatch):
+    monkeypatch.setattr(conversations, "render_chat", lambda *_, **__: "nothing of it")
+    with pytest.raises(ValueError, match="does not render what the user says"):
+        converse(engine, tokenizer, SETTINGS, (0, 0))
 
 
 def test_parts_are_kept_and_nothing_is_there_twice(engine, tokenizer, tmp_path):

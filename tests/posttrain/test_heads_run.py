@@ -5,7 +5,13 @@ import json
 import pytest
 import torch
 
-from mimoflash.checkpoint import load_heads, load_model
+from mimoflash import stages
+from mimoflash.benchmarks.subject import gguf_file, open_subject
+from mimoflash.checkpoint import load_heads, load_model, save_gguf
+from mimoflash.engine import SamplingParams
+from mimoflash.kernels import native
+from mimoflash.models import convert, find_model, open_engine, open_model
+from mimoflash.posttrain.heads import measure_heads
 from mimoflash.recipe import load_recipe
 from mimoflash.run import run
 
@@ -58,6 +64,59 @@ def test_from_a_model_to_its_heads(recipe, talker_gguf, tmp_path):
     said = []
     run(load_recipe(recipe), out, resume=True, say=said.append)
     assert sum("done before" in line for line in said) == 4
+    _the_runs_folder_is_the_trunk_with_the_newest_heads(out, talker_gguf, model)
+
+
+def _the_runs_folder_is_the_trunk_with_the_newest_heads(out, trunk, model):
+    assert find_model(str(out)) == trunk
+    engine = open_engine(str(out))
+    assert engine.runner.cache.drafts == 3
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, engine.model.state_dict()[name]), name
+    assert engine.model.model.mtp.draft_tokens.tolist() == model.model.mtp.draft_tokens.tolist()
+    (answer,) = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=6))
+    (plain,) = open_engine(str(trunk)).generate([[1, 2, 3]], SamplingParams(max_tokens=6))
+    assert answer.tokens == plain.tokens
+    subject = open_subject(str(out), out.parent, context=16, tokens=8, drafts=3)  # what is measured, too
+    assert load_model(gguf_file(subject, "float32", out.parent)).config.num_nextn_predict_layers == 0
+    for format, layers in (("hf", 3), ("gguf", 0)):  # GGUF's llama has no place for them
+        target = out.parent / f"converted.{format}"
+        convert(str(out), target, format=format, dtype="float32")
+        assert load_model(target).config.num_nextn_predict_layers == layers
+    (out / "mtp" / "done.json").unlink()
+    assert open_model(str(out)).config.num_nextn_predict_layers == 1
+    (out / "first" / "done.json").unlink()
+    with pytest.raises(ValueError, match="no stage of this run has finished a model"):
+        open_model(str(out))
+
+
+def test_another_trunk_than_the_heads_began_with_is_refused(recipe, talker_gguf, tmp_path):
+    out = tmp_path / "out"
+    for stage in ("generate", "first"):
+        run(load_recipe(recipe), out, only=stage, say=lambda _: None)
+    talker_gguf.write_bytes(talker_gguf.read_bytes() + b"\0")
+    with pytest.raises(ValueError, match=r"first.heads\.safetensors: .* another model than .*talker\.gguf"):
+        run(load_recipe(recipe), out, only="mtp", say=lambda _: None)
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the compiled kernels")
+@pytest.mark.parametrize(("stored", "expected"), [("q4_1", "int4"), ("q8_0", "int8"), ("float32", "float32")])
+def test_the_trunk_writes_with_the_weights_that_its_file_has(
+    stored, expected, talker, tokenizer, tmp_path, monkeypatch
+):
+    fields = tokenizer.gguf_fields()
+    save_gguf(talker, tmp_path / "t.gguf", dtype=stored, tokenizer=fields)
+    (tmp_path / "heads.toml").write_text(RECIPE.format(model=tmp_path / "t.gguf"))
+    engines = []
+    monkeypatch.setattr(stages, "write_conversations", lambda engine, *_: engines.append(engine))
+    run(load_recipe(tmp_path / "heads.toml"), tmp_path / "out", only="generate", say=lambda _: None)
+    assert engines[0].runner.weights == expected
+    assert open_engine(str(tmp_path / "t.gguf")).runner.weights == expected
+
+
+def test_without_a_held_out_question_nothing_is_measured(talker, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="no held-out conversation"):
+        measure_heads(talker, tokenizer, tmp_path, prompts=4, max_tokens=8)
 
 
 def test_a_stage_needs_the_one_before(recipe, tmp_path):

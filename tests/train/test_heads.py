@@ -10,14 +10,8 @@ from mimoflash.config import ModelConfig
 from mimoflash.data import Batch, HiddenBatch, HiddenRows, ShardReader, ShardWriter
 from mimoflash.model import Transformer
 from mimoflash.train import HeadsSettings, train_heads
-from mimoflash.train.heads import (
-    add_heads,
-    draft_loss,
-    draft_vocabulary,
-    evaluate_heads,
-    remember_hidden,
-    soft_cross_entropy,
-)
+from mimoflash.train.heads import draft_loss, evaluate_heads, soft_cross_entropy
+from mimoflash.train.heads_start import add_heads, draft_vocabulary, remember_hidden
 
 SETTINGS = dict(sequence_length=16, batch=4, warmup_tokens=0, fit_tokens=64, save_every=3, evaluate_every=4)
 
@@ -111,6 +105,11 @@ def test_hidden_states_are_the_trunks_of_each_document(data, tmp_path):
     assert_close(torch.from_numpy(np.array(kept[7 * 40 : 8 * 40])).float(), expected, atol=2e-3, rtol=2e-3)
 
 
+def test_a_shard_without_documents_has_no_hidden_states(tmp_path):
+    ShardWriter(tmp_path / "c.shard", 128).close()
+    assert remember_hidden(model_of(0), ShardReader(tmp_path / "c.shard"), tmp_path / "c.npy").shape == (0, 64)
+
+
 def test_the_draft_vocabulary_is_the_most_frequent(data):
     _, shard, _ = data
     counts = np.bincount(shard.tokens, minlength=128)
@@ -194,7 +193,8 @@ def test_a_broken_off_run_ends_with_the_same_weights(data, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"tokens": 0}, "tokens is 0"), ({"sequence_length": 4}, "3 layers look 4 places ahead"),
-     ({"peak_lr": 0.0, "final_lr": 0.0}, "peak_lr is 0"), ({"final_lr": 1.0}, "final_lr 1")],
+     ({"peak_lr": 0.0, "final_lr": 0.0}, "peak_lr is 0"), ({"final_lr": 1.0}, "final_lr 1"),
+     ({"warmup_tokens": -1}, "warmup_tokens is -1")],
 )
 def test_settings_that_cannot_be_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,65 @@
+"""A run's folder: recipe.json, a folder for each stage with its done.json, summary.json; of a new model tokenizer/ and
+data/ too."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from mimoflash.data import Prepared, open_prepared
+from mimoflash.recipe import HeadsRecipe, Recipe
+from mimoflash.text import Tokenizer, load_tokenizer
+
+Kind = TypeVar("Kind", Recipe, HeadsRecipe)
+
+
+@dataclass
+class Run(Generic[Kind]):
+    """A recipe, and the folder `out` that it is run into."""
+
+    recipe: Kind
+    out: Path
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.out / "tokenizer")
+
+    def data(self) -> Prepared:
+        """The shards that the tokenizer stage prepared, verified. Raises ValueError if they are other ones by now."""
+        made = self.result("tokenizer")
+        if made is None:
+            raise ValueError(f"{self.out} has no finished stage tokenizer: run it first (--only tokenizer)")
+        data = open_prepared(self.out / "data")
+        if data.manifest["fingerprint"] != made["data"]:
+            raise ValueError(f"{self.out / 'data'} is not the data that this run began with: give another --out")
+        return data
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage left in done.json; None if it has not finished."""
+        file = self.out / stage / "done.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def done(self, stage: str) -> Path:
+        """The folder of a finished stage. Raises ValueError if it has not finished."""
+        if self.result(stage) is None:
+            raise ValueError(f"{self.out} has no finished stage {stage}: run it first (--only {stage})")
+        return self.out / stage
+
+    def forget(self, stages: Iterable[str]) -> None:
+        """From now on none of these stages counts as done."""
+        for stage in stages:
+            (self.out / stage / "done.json").unlink(missing_ok=True)
+
+    def finish(self, stage: str, result: dict[str, Any]) -> None:
+        write_json(self.out / stage / "done.json", result)
+        shutil.rmtree(self.out / stage / "states", ignore_errors=True)  # only now: a kill before goes on from them
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, file)
