@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mimoflash.checkpoint import HEADS, load_heads, load_model, resolve, save_gguf, save_model
+from mimoflash.checkpoint import HEADS, gguf_bits, load_heads, load_model, resolve, save_gguf, save_model
 from mimoflash.config import WINDOW
 from mimoflash.engine import Engine
 from mimoflash.kernels import native
@@ -41,15 +41,15 @@ def open_engine(name: str, *, dtype: str | None = None, speculate: int | None = 
     model = open_model(name, dtype="float32" if slow else None, device=DEVICE)
     if speculate is None:
         speculate = min(model.config.num_nextn_predict_layers, 3)
-    return Engine(model, load_tokenizer(place), speculate=speculate, dtype=dtype or stored_dtype(model, place))
+    return Engine(model, load_tokenizer(place), speculate=speculate, dtype=dtype or stored_dtype(place))
 
 
-def stored_dtype(model: Transformer, place: Path) -> str | None:
-    """What an engine makes of the weights of `model`, read from `place`: of a .gguf file with about 4 or 8 bits each,
+def stored_dtype(place: Path) -> str | None:
+    """What an engine makes of the weights of a model read from `place`: of a .gguf file with about 4 or 8 bits each,
     "int4" or "int8", where the machine has kernels for them; None: what they are in memory."""
     if place.suffix != ".gguf" or not _has_kernels():
         return None
-    bits = 8 * place.stat().st_size / model.config.count_parameters()["total"]
+    bits = gguf_bits(place)
     return "int4" if bits < 7 else "int8" if bits < 12 else None
 
 
@@ -72,10 +72,12 @@ def _find(name: str) -> tuple[Path, Path | None]:
     """The model's place, and the file of MTP layers that a run has made for it."""
     folder = Path(name)
     recipe = folder / "recipe.json"
-    if not recipe.exists():
+    if name == "smol" or not recipe.exists():
         return resolve(name), None
     trunk = json.loads(recipe.read_text())["model"]
     if isinstance(trunk, str):  # the run makes MTP layers for it
+        if Path(trunk).resolve() == folder.resolve():
+            raise ValueError(f"{folder} is a run for MTP layers of itself: its recipe's model has to be another")
         return find_model(trunk), _newest(folder, "mtp", "first") / HEADS
     return _newest(folder, "sft", "pretrain") / "model", None
 

@@ -7,14 +7,11 @@ from typing import Any
 
 import torch
 
-from mimoflash.models import convert, find_model, open_engine
 from mimoflash.recipe import HeadsRecipe, Recipe
 from mimoflash.report import write_report
 from mimoflash.run_folder import Run, write_json
 from mimoflash.stages import STAGES, Say
 from mimoflash.train.monitor import matmul_peak
-
-__all__ = ["convert", "find_model", "open_engine", "run"]
 
 
 def run(

@@ -114,7 +114,7 @@ def _shown(name: str, rollout: Rollout) -> dict[str, Any]:
 def _generate(this: Run[HeadsRecipe], say: Say) -> dict[str, Any]:
     place, model, tokenizer = _trunk(this)
     folder = this.out / "generate"
-    engine = Engine(model, tokenizer, dtype=stored_dtype(model, place))
+    engine = Engine(model, tokenizer, dtype=stored_dtype(place))
     write_conversations(engine, tokenizer, this.recipe.generate, folder, this.recipe.seed, say)
     counts: dict[str, Any] = {"trunk": str(place)}
     for split in ("train", "held_out"):
@@ -157,7 +157,9 @@ def _trunk(this: Run[HeadsRecipe]) -> tuple[Path, Transformer, Tokenizer]:
     place = find_model(this.recipe.model)
     if place.suffix != ".gguf":
         raise ValueError(f"{place}: heads are made for a .gguf file, which they can be told to belong to")
-    return place, load_model(place, dtype="float32", device=DEVICE), load_tokenizer(place)
+    model = load_model(place, dtype="float32", device=DEVICE)
+    model.set_mtp_layers(0)
+    return place, model, load_tokenizer(place)
 
 
 STAGES: dict[type, dict[str, Callable[[Any, Say], dict[str, Any]]]] = {

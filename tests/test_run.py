@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mimoflash.models import open_engine
 from mimoflash.recipe import load_recipe
-from mimoflash.run import open_engine, run
+from mimoflash.run import run
 
 TINY = """
 name = "tiny"

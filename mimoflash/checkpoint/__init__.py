@@ -1,5 +1,6 @@
 """Models in and out of files: the published safetensors format, GGUF, the embedded model, a run's training state."""
 
+from mimoflash.checkpoint.gguf_in import gguf_bits
 from mimoflash.checkpoint.gguf_out import save_gguf
 from mimoflash.checkpoint.heads import HEADS, OtherTrunk, load_heads, save_heads
 from mimoflash.checkpoint.load import as_dtype, load_model, resolve
@@ -8,6 +9,6 @@ from mimoflash.checkpoint.smol import cached_smol, smol_path
 from mimoflash.checkpoint.training_state import latest, load_training_state, save_training_state
 
 __all__ = [
-    "HEADS", "OtherTrunk", "as_dtype", "cached_smol", "latest", "load_heads", "load_model", "load_training_state",
-    "resolve", "save_gguf", "save_heads", "save_model", "save_training_state", "smol_path",
+    "HEADS", "OtherTrunk", "as_dtype", "cached_smol", "gguf_bits", "latest", "load_heads", "load_model",
+    "load_training_state", "resolve", "save_gguf", "save_heads", "save_model", "save_training_state", "smol_path",
 ]

@@ -52,6 +52,12 @@ def read_gguf(file: Path, dtype: torch.dtype | None, device: torch.device | str)
     return model
 
 
+def gguf_bits(file: Path) -> float:
+    """Bits a weight that the file's tensors take, with their scales."""
+    tensors = _Reader(file).tensors
+    return float(8 * sum(tensor.n_bytes for tensor in tensors) / sum(tensor.n_elements for tensor in tensors))
+
+
 def _own_name(name: str) -> str:
     """llama.cpp takes the norm before the head of an MTP layer under two names."""
     return name.replace("layer_output_norm", "nextn.shared_head_norm")

@@ -44,7 +44,8 @@ def load_heads(model: Transformer, file: Path, trunk: Path) -> None:
                 raise OtherTrunk(f"{file}: these MTP layers were trained for another model than {trunk} (sha256)")
             tensors = {name: heads.get_tensor(name) for name in heads.keys()}  # noqa: SIM118  not a dictionary
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error}): install the package again") from None
+        raise ValueError(f"{file}: not a whole safetensors file ({error}): make it again (of the package: install it "
+                         "again)") from None
     draft_tokens = tensors.pop(_DRAFT_TOKENS, None)
     model.set_mtp_layers(1 + max(int(name.split(".")[3]) for name in tensors))
     wanted = {name: view for name, view in published_tensors(model).items() if name.startswith(_MTP)}

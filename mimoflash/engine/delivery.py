@@ -23,11 +23,14 @@ class Delivery:
             return
         self._sent.append((queue, event))
         if not self._is_called:
-            self._is_called = True
             try:
+                self._is_called = True
                 loop.call_soon_threadsafe(self._deliver)
             except RuntimeError:  # closed this moment
                 self._sent.clear()
+            except BaseException:  # an interrupt: the loop may not have been called, and once more does no harm
+                self._is_called = False
+                raise
 
     def _deliver(self) -> None:
         self._is_called = False  # before the queue is emptied: what comes from now on calls again

@@ -81,15 +81,15 @@ class Engine:
                 while request.finish_reason is None:
                     self.step()
         finally:
-            for request in requests:
-                self.cancel(request)
+            self._cancel(requests)
         return [request.output() for request in requests]
 
     def stream(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Iterator[int]:
         """The tokens of one request, as they come. Closing the iterator cancels it. Raises RuntimeError where the
         request ends by an error."""
-        request, count = self.submit(prompt, params), 0
+        request, count = self._request(prompt, params or SamplingParams()), 0
         try:
+            self._send(request)
             while True:
                 is_over = request.finish_reason is not None  # looked at first: after it no token comes
                 new = request.settled_tokens[count:]
@@ -136,8 +136,8 @@ class Engine:
         deadline: float | None = None, sink: Callable[[Event], None] | None = None,
     ) -> Request:
         """Queues a request; `step` moves it on. Higher `priority` runs first. After `deadline` seconds it ends with
-        what it has. `sink` gets its events, in the thread that steps: it may submit and cancel, but not step. One that
-        is interrupted gets the same event again.
+        what it has. `sink` gets its events, in the thread that steps: it may submit and cancel, and nothing else. One
+        that is interrupted gets the same event again.
 
         Raises ValueError for an empty prompt, tokens outside the vocabulary, a length that the model's context or the
         cache cannot hold, and stop strings or a grammar without a tokenizer."""
@@ -147,9 +147,7 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Ends the request with what it has, and frees what it holds; nothing happens if it is finished."""
-        if request.finish_reason is None:
-            request.is_cancelled = True
-            self._send(request)
+        self._cancel([request])
 
     def step(self) -> bool:
         """One pass of the model. False if there was nothing to run."""
@@ -247,6 +245,13 @@ class Engine:
 
     def _send(self, request: Request) -> None:
         self._inbox.append(request)
+        self._settle()
+
+    def _cancel(self, requests: Sequence[Request]) -> None:
+        running = [request for request in requests if request.finish_reason is None]
+        for request in running:
+            request.is_cancelled = True
+        self._inbox.extend(running)  # in one go: a second interrupt leaves none of them running
         self._settle()
 
     def _settle(self) -> None:

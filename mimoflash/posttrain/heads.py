@@ -65,4 +65,3 @@ def measure_heads(
     layers = model.config.num_nextn_predict_layers
     accepted = [sum(gain > k for gain in gains) / len(gains) for k in range(1, layers + 1)]
     return {"prompts": len(questions), "accept_length": sum(gains) / len(gains), "accepted": accepted}
-

@@ -249,3 +249,24 @@ def test_a_thread_that_cannot_go_on_ends_its_requests(model, monkeypatch):
     good = asyncio.run(asyncio.wait_for(collect(engine, [1, 2, 3], params(0)), 20))
     assert good.finish_reason == "length"
     engine.close()
+
+
+def test_an_interrupted_call_is_made_again():
+    class Loop:
+        calls = 0
+
+        def is_closed(self):
+            return False
+
+        def call_soon_threadsafe(self, deliver):
+            Loop.calls += 1
+            if Loop.calls == 1:
+                raise KeyboardInterrupt
+            deliver()
+
+    loop, queue = Loop(), asyncio.Queue()
+    delivery = Delivery(loop)
+    with pytest.raises(KeyboardInterrupt):
+        delivery.send(queue, NewTokens([1], [0.0], []))
+    delivery.send(queue, NewTokens([1], [0.0], []))  # the engine sends it again
+    assert queue.qsize() == 2

@@ -180,7 +180,7 @@ inline void AttentionLayer::attend(Team& team, const Layer& layer, const Batch& 
         team.barrier();
     }
     const int width = s.heads * s.v_head_dim;
-    const Activations in = rows.input(mixed, batch.queries, width, rows.copy(team, batch.queries, width));
+    const Activations in = rows.input(mixed, batch.queries, width, rows.own_place(team, batch.queries, width));
     if (in.q) rows.stage(team, in, [&](int row) { rows.prepare(in, row, 0, width); });
     if (s.window) wide ? write_ring<float>(team, layer, batch) : write_ring<bf16>(team, layer, batch);
     const LinearJob job{&layer.o, &in, nullptr, nullptr, batch.queries, x, model.hidden, true};

@@ -26,7 +26,7 @@ public:
     void run(Team& team, const Layer& layer, int queries, float* x, const Routes& routes);
 
 private:
-    static constexpr int FEW = 1 << 15;  // multiplications of routers that one thread does alone
+    static constexpr int ALONE = 1 << 15;  // multiplications of a router that one thread does for all
 
     const Rows& rows;
     const Model& model;
@@ -71,8 +71,8 @@ inline FeedForward::FeedForward(const Rows& r, Workspace& memory, int threads, i
 
 inline void FeedForward::run(Team& team, const Layer& layer, int queries, float* x, const Routes& routes) {
     if (!layer.is_sparse) return dense(team, layer, queries, x);
-    const bool few = static_cast<int64_t>(queries) * model.experts * model.hidden <= FEW;
-    few ? route_alone(team, layer, queries, x, routes) : route(team, layer, queries, x, routes);
+    const bool alone = static_cast<int64_t>(queries) * model.experts * model.hidden <= ALONE;
+    alone ? route_alone(team, layer, queries, x, routes) : route(team, layer, queries, x, routes);
     sparse(team, queries, x);
 }
 
@@ -98,7 +98,7 @@ inline void FeedForward::dense(Team& team, const Layer& layer, int queries, floa
     };
     linear(team, up, 2);
     team.barrier();
-    const int64_t at = rows.copy(team, queries, width);
+    const int64_t at = rows.own_place(team, queries, width);
     const Activations inner = rows.input(activated + at, queries, width, at);
     if (rows.few(queries, width)) {
         for (int64_t piece = 0; piece < activation_pieces(inner); ++piece) activate(inner, piece);

@@ -54,7 +54,8 @@ struct LinearJob {
 // Rows dealt over the team; the caller puts a barrier after it.
 void quantise(Team& team, Activations& x);
 
-// All jobs' blocks dealt over the team; the caller puts a barrier before and after it.
+// All jobs' blocks dealt over the team. Their inputs are ready, and nothing else has been dealt since the last barrier;
+// the caller puts a barrier after it.
 void linear(Team& team, const LinearJob* jobs, int count);
 
 }  // namespace mimoflash

@@ -1,8 +1,9 @@
 // Rows: what a pass runs, how threads share its rows, and the stages that take one row at a time.
 //
 // R rows get keys and values; Q of them (all, in the trunk) go on as queries. Row stages give row r always to the same
-// thread, so that row stages which follow each other need no barrier between them; `linear` and attention do. Where they
-// are few, every thread does all rows for itself: that is done sooner than all would have met.
+// thread, so that row stages which follow each other need no barrier between them; `linear` and attention do. What
+// makes a multiplication's input ready (`Rows::stage`) every thread does for itself where the values are few: that is done
+// sooner than all would have met.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -75,7 +76,7 @@ struct Rows {
     static bool few(int rows, int k) { return int64_t{rows} * groups(k) * GROUP <= FEW; }
 
     // Where this thread's copy begins, if they are few.
-    static int64_t copy(const Team& team, int rows, int k) { return few(rows, k) ? team.id * FEW : 0; }
+    static int64_t own_place(const Team& team, int rows, int k) { return few(rows, k) ? team.id * FEW : 0; }
 
     // x (rows, k) as `linear` takes it, the quantised form from `at` on.
     Activations input(const float* x, int rows, int k, int64_t at = 0) const {
@@ -85,7 +86,7 @@ struct Rows {
 
     // Room for normed rows, for `norm_row` to fill.
     Activations norm_input(const Team& team, int rows) const {
-        const int64_t at = copy(team, rows, model.hidden);
+        const int64_t at = own_place(team, rows, model.hidden);
         return input(normed + at, rows, model.hidden, at);
     }
 
