@@ -1,0 +1,91 @@
+"""GRPO: a model becomes a domain's teacher by the rewards of its own rollouts (arXiv 2402.03300, 2503.14476)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from mimoflash.engine import Engine
+from mimoflash.model import Transformer
+from mimoflash.posttrain.batch import RolloutBatch, Sample, make_batch, micro_batches
+from mimoflash.posttrain.groups import (
+    GroupSettings,
+    Log,
+    deal,
+    group_metrics,
+    has_signal,
+    make_trainer,
+    play_groups,
+    samples_of,
+    sampling_policy,
+    sound,
+    tokenizer_of,
+    update,
+)
+from mimoflash.posttrain.losses import grpo_loss, rollout_drift
+from mimoflash.posttrain.policy import token_logp
+from mimoflash.train import LossOutput
+from mimoflash.world import Domain, seeds
+
+
+@dataclass(frozen=True)
+class GRPOSettings(GroupSettings):
+    """`clip`: how far below and above 1 a token's ratio to the policy that sampled may go; the upper side is wider so
+    that unlikely tokens can become likely. `truncation`: the most that a token's weight of trainer against rollout
+    engine may be."""
+
+    clip: tuple[float, float] = (0.2, 0.28)
+    truncation: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size < 2:
+            raise ValueError(f"group_size is {self.group_size}: rollouts of a task are compared, 2 at least")
+        if not (0 < self.clip[0] < 1 and self.clip[1] > 0):
+            raise ValueError(f"clip is {self.clip}: the first must be between 0 and 1, the second above 0")
+        if self.truncation < 1:
+            raise ValueError(f"truncation is {self.truncation}: 1 or more is needed")
+
+
+@dataclass(frozen=True)
+class _Item:
+    batch: RolloutBatch
+    old_logp_BT: Tensor | None  # see sampling_policy
+
+
+def train_grpo(engine: Engine, domain: Domain, settings: GRPOSettings, log: Log) -> None:
+    """Trains the engine's model in place on a domain's training tasks. A step in which no task has signal changes
+    nothing. Raises ValueError for an engine without a tokenizer, and where the loss is no longer finite."""
+    tokenizer_of(engine)
+    model, trainer = engine.model, make_trainer(engine.model)
+    tasks = seeds(domain, "train", settings.first_task)
+    tokens = 0
+    for step in range(1, settings.steps + 1):
+        groups = play_groups(engine, domain, tasks, settings, step)
+        samples = [sample for group in map(sound, groups) if has_signal(group) for sample in samples_of(group)]
+        parts = [_items(model, part, settings) for part in deal(samples, settings.updates, step)]
+        metrics = update(trainer, parts, partial(_loss, settings=settings), settings.lr)
+        engine.update_weights()
+
+        tokens += sum(int(item.batch.own_tokens) for items in parts for item in items)
+        log(step, tokens, group_metrics(groups) | metrics)
+
+
+def _items(model: Transformer, samples: Sequence[Sample], settings: GRPOSettings) -> list[_Item]:
+    device = model.lm_head.weight.device
+    batches = [make_batch(part, model.config, device) for part in micro_batches(samples, settings.micro_tokens)]
+    return [_Item(*each) for each in zip(batches, sampling_policy(model, batches, settings.updates), strict=True)]
+
+
+def _loss(model: Transformer, item: _Item, settings: GRPOSettings) -> LossOutput:
+    """Summed over tokens, so that each counts the same in whichever micro-batch it is."""
+    batch = item.batch
+    logp_BT = token_logp(model, batch, replay=True)
+    old_logp_BT = logp_BT.detach() if item.old_logp_BT is None else item.old_logp_BT
+    loss, metrics = grpo_loss(
+        logp_BT, old_logp_BT, batch.rollout_logp_BT, batch.outcome_B, batch.mask_BT,
+        clip=settings.clip, truncation=settings.truncation,
+    )
+    metrics |= {"loss": loss.item()} | rollout_drift(old_logp_BT, batch.rollout_logp_BT, batch.mask_BT)
+    return LossOutput(loss * batch.own_tokens, batch.own_tokens, metrics)
