@@ -130,7 +130,9 @@ def _advance(
     rollout.messages.extend(step.observation)
     rollout.text = render_chat(tokenizer, rollout.messages, rollout.tools, enable_thinking=thinking)
     if not rollout.text.startswith(before):
-        raise ValueError("the chat template changes earlier turns once messages follow: a rollout cannot go on from it")
+        changed = "the chat template writes earlier turns otherwise once messages follow: it cannot go on"
+        _broken(rollout, ValueError(changed))
+        return
     rollout.see(tokenizer.encode(rollout.text[len(before) :]))
 
 

@@ -7,6 +7,7 @@ from mimoflash.config import ModelConfig
 from mimoflash.engine import Engine, SamplingParams
 from mimoflash.model import Transformer
 from mimoflash.posttrain import play_tasks
+from mimoflash.posttrain import rollout as rollout_module
 from mimoflash.text import train_tokenizer
 from mimoflash.world.protocol import Step
 
@@ -79,6 +80,20 @@ def test_a_rollout_that_outgrows_the_context_ends_alone_and_all_environments_clo
     assert "context" in rollouts[1].info["error"]
     assert all("error" not in r.info for i, r in enumerate(rollouts) if i != 1)
     assert len(domain.closed) == 4
+
+
+def test_a_template_that_changes_what_was_said_costs_that_rollout_only(played, monkeypatch):
+    render = rollout_module.render_chat
+
+    def changing(tokenizer, messages, *rest, **more):
+        text = render(tokenizer, messages, *rest, **more)
+        return f"otherwise {text}" if messages[-1]["content"] == "word word " else text
+
+    monkeypatch.setattr(rollout_module, "render_chat", changing)
+    (one, other), _ = played([2, 1], [1, 2])
+    assert "earlier turns otherwise" in one.info["error"]
+    assert "error" not in other.info
+    assert other.turns
 
 
 @torch.no_grad()
