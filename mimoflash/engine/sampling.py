@@ -1,8 +1,8 @@
 """From logits to tokens: every token is a function of the model's distribution, the request's seed and the position.
 
 The randomness of a token is not drawn but computed, from (seed, position, token id), where the seed is a hash of the
-one that was given and the prompt. So it is the same with or without
-speculation, at any draft length and in any batch; a draft is right exactly if it is the token that sampling gives.
+one that was given and the prompt. So it is the same with or without speculation, at any draft length and in any batch;
+a draft is right exactly if it is the token that sampling gives.
 """
 
 import math

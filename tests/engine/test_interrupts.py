@@ -41,6 +41,24 @@ def test_ctrl_c_cancels_what_generate_was_given_and_nothing_else(drafting, monke
     assert_same([other.output(), fresh], want)
 
 
+@pytest.mark.parametrize("ways", ["stream", "generate"])
+def test_interrupts_while_requests_come_in_and_are_cancelled_leave_none_running(model, monkeypatch, ways):
+    engine = Engine(model)
+    settle, interrupts = engine._settle, iter([True, True])  # where a request is sent, and where all are cancelled
+
+    def interrupted():
+        if next(interrupts, False):
+            raise KeyboardInterrupt
+        settle()
+
+    monkeypatch.setattr(engine, "_settle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(engine.stream([3])) if ways == "stream" else engine.generate([[3], [4]], SamplingParams(max_tokens=9))
+    while engine.step():
+        pass
+    assert engine.stats()["tokens_run"] == 0
+
+
 def test_threads_share_an_engine(model):
     engine = Engine(model, speculate=1, max_running=8)
     prompts = [random_prompts(*range(3, 9)) for _ in range(4)]

@@ -8,8 +8,10 @@ import torch
 from mimoflash import stages
 from mimoflash.benchmarks.subject import gguf_file, open_subject
 from mimoflash.checkpoint import load_heads, load_model, save_gguf
+from mimoflash.config import ModelConfig
 from mimoflash.engine import SamplingParams
 from mimoflash.kernels import native
+from mimoflash.model import Transformer
 from mimoflash.models import convert, find_model, open_engine, open_model
 from mimoflash.posttrain.heads import measure_heads
 from mimoflash.recipe import load_recipe
@@ -112,6 +114,16 @@ def test_the_trunk_writes_with_the_weights_that_its_file_has(
     run(load_recipe(tmp_path / "heads.toml"), tmp_path / "out", only="generate", say=lambda _: None)
     assert engines[0].runner.weights == expected
     assert open_engine(str(tmp_path / "t.gguf")).runner.weights == expected
+
+
+def test_the_trunk_comes_without_the_layers_that_its_file_has(tokenizer, tmp_path, monkeypatch):
+    config = ModelConfig.tiny(vocab_size=tokenizer.vocab_size, num_nextn_predict_layers=3)
+    save_gguf(Transformer(config), tmp_path / "t.gguf", dtype="float32", tokenizer=tokenizer.gguf_fields())
+    (tmp_path / "heads.toml").write_text(RECIPE.format(model=tmp_path / "t.gguf"))
+    engines = []
+    monkeypatch.setattr(stages, "write_conversations", lambda engine, *_: engines.append(engine))
+    run(load_recipe(tmp_path / "heads.toml"), tmp_path / "out", only="generate", say=lambda _: None)
+    assert engines[0].model.config.num_nextn_predict_layers == 0
 
 
 def test_without_a_held_out_question_nothing_is_measured(talker, tokenizer, tmp_path):

@@ -28,8 +28,8 @@ void quantise(Team& team, Activations& x) {
     for (int64_t row; (row = team.next()) < x.rows;) quantise_row(x, static_cast<int>(row));
 }
 
-// Each thread begins with a run of its own of pieces side by side, as memory and prefetching like it; the second half is
-// dealt piece by piece, so that nobody waits for a thread that was held up.
+// Each thread begins with a run of its own of pieces side by side, as memory and prefetching like it; the second half
+// is dealt piece by piece, so that nobody waits for a thread that was held up.
 void linear(Team& team, const LinearJob* jobs, int count) {
     const int threads = team.shared.threads.load(std::memory_order_relaxed);
     int64_t pieces = 0, before = 0;  // of all jobs; of those before this one

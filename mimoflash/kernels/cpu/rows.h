@@ -2,8 +2,8 @@
 //
 // R rows get keys and values; Q of them (all, in the trunk) go on as queries. Row stages give row r always to the same
 // thread, so that row stages which follow each other need no barrier between them; `linear` and attention do. What
-// makes a multiplication's input ready (`Rows::stage`) every thread does for itself where the values are few: that is done
-// sooner than all would have met.
+// makes a multiplication's input ready (`Rows::stage`) every thread does for itself where the values are few: that is
+// done sooner than all would have met.
 #pragma once
 #include <algorithm>
 #include <cmath>
