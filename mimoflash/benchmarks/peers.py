@@ -42,7 +42,10 @@ class Stream:
 
 
 def decode_rate(batches: Iterable[Sequence[Stream]]) -> float:
-    """Tokens a second after the first, all streams of a batch together, from the first that decodes to the last."""
+    """Tokens a second after the first, all streams of a batch together, from the first that decodes to the last.
+
+    Of many streams the first decode while the last prompts are still read, which counts: give them 96 tokens or more.
+    """
     batches = list(batches)
     seconds = sum(max(s.last for s in batch) - min(s.first for s in batch) for batch in batches)
     if not seconds:
