@@ -87,7 +87,7 @@ def _evaluate(this: Run[Recipe], say: Say) -> dict[str, Any]:
         for name, source in this.recipe.domains().items():
             tasks = domain(source.domain, **source.options)
             chosen = list(islice(seeds(tasks, "held_out"), settings.tasks))
-            rollouts = play_tasks(engine, tokenizer, tasks, chosen, SamplingParams(max_tokens=settings.max_tokens))
+            rollouts = play_tasks(engine, tasks, chosen, SamplingParams(max_tokens=settings.max_tokens))
             rate = sum(r.reward >= 1.0 for r in rollouts) / len(rollouts)
             results.setdefault(name, {"chance": tasks.chance})[stage] = rate
             say(f"  {name}: {stage} {rate:.0%} of {len(rollouts)} held-out tasks (chance {tasks.chance:.1%})")

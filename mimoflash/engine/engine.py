@@ -5,6 +5,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -110,15 +111,8 @@ class Engine:
     ) -> AsyncIterator[Event]:
         """NewTokens as they come, then the Output. Closing the iterator (`aclose`) cancels the request. Arguments as
         in `submit`. The passes run in a thread of their own, as long as there are requests."""
-        loop = asyncio.get_running_loop()
-        delivery = self._deliveries.setdefault(loop, Delivery(loop))
-        queue: asyncio.Queue[Event] = asyncio.Queue()
-        request = self.submit(
-            prompt, params, priority=priority, deadline=deadline, sink=lambda event: delivery.send(queue, event)
-        )
         count = 0
-        try:
-            self._driver.start()
+        with self._listening(prompt, params, priority, deadline, (NewTokens, Output)) as queue:
             while True:
                 event = await queue.get()
                 if isinstance(event, NewTokens):
@@ -128,8 +122,17 @@ class Engine:
                 yield event
                 if isinstance(event, Output):
                     return
-        finally:
-            self.cancel(request)
+
+    async def answer(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, *, priority: int = 0,
+        deadline: float | None = None,
+    ) -> Output:
+        """The Output of `events` alone: nobody is woken for the tokens before. Cancelling the task cancels the request.
+        """
+        with self._listening(prompt, params, priority, deadline, (Output,)) as queue:
+            output = await queue.get()
+        assert isinstance(output, Output)
+        return output
 
     def submit(
         self, prompt: Sequence[int], params: SamplingParams | None = None, *, priority: int = 0,
@@ -210,6 +213,27 @@ class Engine:
         self._driver.close()
 
     # -- requests come in -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _listening(
+        self, prompt: Sequence[int], params: SamplingParams | None, priority: int, deadline: float | None,
+        kinds: tuple[type, ...],
+    ) -> Iterator[asyncio.Queue[Event]]:
+        """A request's events of these kinds, on their way to the running event loop; it is cancelled at the end."""
+        loop = asyncio.get_running_loop()
+        delivery = self._deliveries.setdefault(loop, Delivery(loop))
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+
+        def sink(event: Event) -> None:
+            if isinstance(event, kinds):
+                delivery.send(queue, event)
+
+        request = self.submit(prompt, params, priority=priority, deadline=deadline, sink=sink)
+        try:
+            self._driver.start()
+            yield queue
+        finally:
+            self.cancel(request)
 
     def _request(
         self, prompt: Sequence[int], params: SamplingParams, priority: int = 0, deadline: float | None = None,

@@ -1,36 +1,27 @@
-"""GRPO: a model becomes a domain's teacher by the rewards of its own rollouts (arXiv 2402.03300, 2503.14476)."""
+"""GRPO: a model becomes a domain's teacher by the rewards of its own rollouts (arXiv 2402.03300, 2503.14476). Over
+several domains at once it is the reinforcement learning that MOPD is compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
 from mimoflash.engine import Engine
 from mimoflash.model import Transformer
 from mimoflash.posttrain.batch import RolloutBatch, Sample, make_batch, micro_batches
-from mimoflash.posttrain.groups import (
-    GroupSettings,
-    Log,
-    deal,
-    group_metrics,
-    has_signal,
-    make_trainer,
-    play_groups,
-    samples_of,
-    sampling_policy,
-    sound,
-    tokenizer_of,
-    update,
-)
+from mimoflash.posttrain.groups import deal, domain_metrics, has_signal, samples_of, sound
 from mimoflash.posttrain.losses import grpo_loss, rollout_drift
-from mimoflash.posttrain.policy import token_logp
+from mimoflash.posttrain.policy import mtp_loss, view
+from mimoflash.posttrain.scheduler import Player
+from mimoflash.posttrain.training import Log, RolloutSettings, Training, sampling_policy
 from mimoflash.train import LossOutput
-from mimoflash.world import Domain, seeds
+from mimoflash.world import Domain
 
 
 @dataclass(frozen=True)
-class GRPOSettings(GroupSettings):
+class GRPOSettings(RolloutSettings):
     """`clip`: how far below and above 1 a token's ratio to the policy that sampled may go; the upper side is wider so
     that unlikely tokens can become likely. `truncation`: the most that a token's weight of trainer against rollout
     engine may be."""
@@ -54,22 +45,19 @@ class _Item:
     old_logp_BT: Tensor | None  # see sampling_policy
 
 
-def train_grpo(engine: Engine, domain: Domain, settings: GRPOSettings, log: Log) -> None:
-    """Trains the engine's model in place on a domain's training tasks. A step in which no task has signal changes
-    nothing. Raises ValueError for an engine without a tokenizer, and where the loss is no longer finite."""
-    tokenizer_of(engine)
-    model, trainer = engine.model, make_trainer(engine.model)
-    tasks = seeds(domain, "train", settings.first_task)
-    tokens = 0
-    for step in range(1, settings.steps + 1):
-        groups = play_groups(engine, domain, tasks, settings, step)
-        samples = [sample for group in map(sound, groups) if has_signal(group) for sample in samples_of(group)]
-        parts = [_items(model, part, settings) for part in deal(samples, settings.updates, step)]
-        metrics = update(trainer, parts, partial(_loss, settings=settings), settings.lr)
-        engine.update_weights()
-
-        tokens += sum(int(item.batch.own_tokens) for items in parts for item in items)
-        log(step, tokens, group_metrics(groups) | metrics)
+def train_grpo(
+    engine: Engine, domains: Mapping[str, Domain], settings: GRPOSettings, log: Log | None = None, *,
+    folder: Path | None = None, player: Player | None = None,
+) -> None:
+    """Trains the engine's model in place on the training tasks of the domains. A step in which no task has signal
+    changes nothing. Arguments and errors as in `Training`."""
+    with Training(engine, domains, settings, log, folder=folder, player=player) as training:
+        for step in training:
+            groups = training.groups()
+            played = [sound(group) for each in groups.values() for group in each]
+            samples = [sample for group in played if has_signal(group) for sample in samples_of(group)]
+            parts = [_items(training.model, part, settings) for part in deal(samples, settings.updates, step)]
+            training.update(parts, partial(_loss, settings=settings), domain_metrics(groups))
 
 
 def _items(model: Transformer, samples: Sequence[Sample], settings: GRPOSettings) -> list[_Item]:
@@ -81,11 +69,16 @@ def _items(model: Transformer, samples: Sequence[Sample], settings: GRPOSettings
 def _loss(model: Transformer, item: _Item, settings: GRPOSettings) -> LossOutput:
     """Summed over tokens, so that each counts the same in whichever micro-batch it is."""
     batch = item.batch
-    logp_BT = token_logp(model, batch, replay=True)
+    own = view(model, batch, replay=True)
+    logp_BT = own.token_logp()
     old_logp_BT = logp_BT.detach() if item.old_logp_BT is None else item.old_logp_BT
     loss, metrics = grpo_loss(
         logp_BT, old_logp_BT, batch.rollout_logp_BT, batch.outcome_B, batch.mask_BT,
         clip=settings.clip, truncation=settings.truncation,
     )
     metrics |= {"loss": loss.item()} | rollout_drift(old_logp_BT, batch.rollout_logp_BT, batch.mask_BT)
+    if settings.mtp_weight:
+        drafting = mtp_loss(model, own)
+        metrics["mtp_loss"] = drafting.item()
+        loss = loss + settings.mtp_weight * drafting
     return LossOutput(loss * batch.own_tokens, batch.own_tokens, metrics)

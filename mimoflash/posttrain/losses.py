@@ -48,13 +48,14 @@ def grpo_loss(
 
 def mopd_loss(
     logp_BT: Tensor, old_logp_BT: Tensor, rollout_logp_BT: Tensor, teacher_logp_BT: Tensor, outcome_B: Tensor,
-    mask_BT: Tensor, *, alpha: float, gate: tuple[float, float],
+    mask_BT: Tensor, *, alpha: float, gate: tuple[float, float], per_token: bool = False,
 ) -> tuple[Tensor, Metrics]:
     """Multi-teacher on-policy distillation on the tokens that the student sampled (arXiv 2601.02780, section 4.3).
 
     `old_logp_BT`: the student's, as the trainer computes it, without gradient; `rollout_logp_BT`: what the engine
     sampled from. `outcome_B` is the group-normalised reward. Tokens whose ratio of the two lies outside of `gate`, on
-    either side, teach nothing. Returns the mean over sequences of the mean over their own tokens, and metrics.
+    either side, teach nothing. Returns the mean over sequences of the mean over their own tokens (`per_token`: the mean
+    over all own tokens), and metrics.
     """
     own_BT = _own(mask_BT)
     advantage_BT = teacher_logp_BT - old_logp_BT + alpha * outcome_B[:, None]
@@ -63,28 +64,30 @@ def mopd_loss(
 
     # chosen, not multiplied by 0: a ratio far outside may be infinite
     coefficient_BT = torch.where(kept_BT, ratio_BT * advantage_BT, 0.0)
-    return _mean_of_means(-coefficient_BT * logp_BT, own_BT), {"mopd/gated": _share(~kept_BT, own_BT)}
+    return _mean(-coefficient_BT * logp_BT, own_BT, per_token), {"mopd/gated": _share(~kept_BT, own_BT)}
 
 
-def reverse_kl_loss(logp_BTV: Tensor, teacher_logp_BTV: Tensor, mask_BT: Tensor) -> Tensor:
-    """KL(student || teacher) over the whole vocabulary at each own token: what `mopd_loss` without outcomes estimates
-    from the sampled token alone. Entry t is the distribution that token t is drawn from. Returns the mean over
-    sequences of the mean over their own tokens, in nats."""
+def reverse_kl_loss(
+    logp_NV: Tensor, teacher_logp_NV: Tensor, mask_BT: Tensor, *, per_token: bool = False
+) -> Tensor:
+    """KL(student || teacher) over the whole vocabulary at each of the N own tokens, in the order of the mask's rows:
+    what `mopd_loss` without outcomes estimates from the sampled token alone. Entry n is the distribution that token n
+    is drawn from. Returns a mean as `mopd_loss`, in nats."""
     own_BT = _own(mask_BT)
-    kl_N = _kl(logp_BTV[own_BT], teacher_logp_BTV[own_BT])
-    return _mean_of_means(mask_BT.to(kl_N).masked_scatter(own_BT, kl_N), own_BT)
+    kl_N = (logp_NV.exp() * (logp_NV - teacher_logp_NV)).sum(-1)
+    return _mean(mask_BT.to(kl_N).masked_scatter(own_BT, kl_N), own_BT, per_token)
 
 
-def topk_reverse_kl_loss(logp_BTK: Tensor, teacher_logp_BTK: Tensor, mask_BT: Tensor) -> Tensor:
+def topk_reverse_kl_loss(
+    logp_NK: Tensor, teacher_logp_NK: Tensor, mask_BT: Tensor, *, per_token: bool = False
+) -> Tensor:
     """`reverse_kl_loss` from K different tokens a place, and one more that stands for all others with what probability
     is left: never more than the whole vocabulary's.
 
     A loss, with its gradient through the student's probabilities. As an advantage of the sampled token it would be a
     constant at its place, whose expected gradient is zero.
     """
-    own_BT = _own(mask_BT)
-    kl_N = _kl(_with_tail(logp_BTK[own_BT]), _with_tail(teacher_logp_BTK[own_BT]))
-    return _mean_of_means(mask_BT.to(kl_N).masked_scatter(own_BT, kl_N), own_BT)
+    return reverse_kl_loss(_with_tail(logp_NK), _with_tail(teacher_logp_NK), mask_BT, per_token=per_token)
 
 
 def rollout_drift(logp_BT: Tensor, rollout_logp_BT: Tensor, mask_BT: Tensor) -> Metrics:
@@ -104,16 +107,13 @@ def _own(mask_BT: Tensor) -> Tensor:
     return own_BT
 
 
-def _mean_of_means(value_BT: Tensor, own_BT: Tensor) -> Tensor:
-    return value_BT.masked_fill(~own_BT, 0.0).sum(-1).div(own_BT.sum(-1)).mean()
+def _mean(value_BT: Tensor, own_BT: Tensor, per_token: bool) -> Tensor:
+    value_B, own_B = value_BT.masked_fill(~own_BT, 0.0).sum(-1), own_BT.sum(-1)
+    return value_B.sum() / own_B.sum() if per_token else value_B.div(own_B).mean()
 
 
 def _share(which_BT: Tensor, own_BT: Tensor) -> float:
     return ((which_BT & own_BT).sum() / own_BT.sum()).item()
-
-
-def _kl(logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    return (logp.exp() * (logp - teacher_logp)).sum(-1)
 
 
 def _with_tail(logp: Tensor) -> Tensor:

@@ -1,18 +1,37 @@
-"""Playing tasks of a domain with the engine, many at a time."""
+"""Playing tasks with the engine: a rollout is a coroutine, and many of them run side by side."""
 
+import asyncio
 import hashlib
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mimoflash.engine import Engine, Output, SamplingParams
+from mimoflash.posttrain.background import Background
 from mimoflash.text import Tokenizer, parse_chat, render_chat
 from mimoflash.world import Domain, Environment, Message, Tool
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be played: the task of this seed in a domain, with sampling that is this rollout's own. `max_turns`
+    end it; so does an environment that takes longer than `timeout` seconds to answer."""
+
+    domain: str
+    seed: int
+    params: SamplingParams
+    max_turns: int = 4
+    thinking: bool = True
+    timeout: float | None = None
+    priority: int = 0
 
 
 @dataclass
@@ -38,6 +57,7 @@ class Rollout:
     done: bool = False
     info: dict[str, Any] = field(default_factory=dict)
     text: str = ""  # what `tokens` renders, as the template gives it
+    versions: tuple[int, int] = (0, 0)  # of the weights, when it began and when it ended
 
     def see(self, tokens: list[int]) -> None:
         """Adds tokens that the model did not write."""
@@ -57,85 +77,133 @@ class Rollout:
 
 
 def play_tasks(
-    engine: Engine, tokenizer: Tokenizer, domain: Domain, seeds: Sequence[int], params: SamplingParams, *,
-    max_turns: int = 4, thinking: bool = True,
+    engine: Engine, domain: Domain, seeds: Sequence[int], params: SamplingParams, *, max_turns: int = 4,
+    thinking: bool = True,
 ) -> list[Rollout]:
-    """One rollout a seed, all of them side by side; a task ends by its environment, or after `max_turns`.
+    """One rollout a seed, all of them side by side; a task ends by its environment, or after `max_turns`. As `play`."""
+    tasks = [
+        Task(domain.name, seed, own_sampling(params, place, seed), max_turns, thinking)
+        for place, seed in enumerate(seeds)
+    ]
 
-    An exception in an environment costs its own rollout only: reward 0, and the error in `info`. Raises ValueError
-    where the chat template changes earlier turns, so that a rollout could not go on from its own tokens.
-    """
-    rollouts = [Rollout(seed) for seed in seeds]
-    environments = [domain.environment() for _ in seeds]
-    context = engine.model.config.max_position_embeddings
+    async def all_of_them() -> list[Rollout]:
+        return await asyncio.gather(*(play(engine, domain, task) for task in tasks))
+
+    with Background() as background:
+        return background.run(all_of_them())
+
+
+async def play(engine: Engine, domain: Domain, task: Task) -> Rollout:
+    """An exception in an environment costs its own rollout only: reward 0, and the error in `info`; so does a chat
+    template that changes earlier turns, since it could not go on from its own tokens. Raises ValueError for an engine
+    without a tokenizer or without room for the prompt, RuntimeError where a pass of the model fails."""
+    rollout, tokenizer = Rollout(task.seed), tokenizer_of(engine)
+    environment: Environment | None = None
     try:
-        for rollout, environment in zip(rollouts, environments, strict=True):
-            _begin(rollout, environment, tokenizer, thinking)
-        for turn in range(max_turns):
-            for rollout in rollouts:
-                if not rollout.done and len(rollout.tokens) >= context:
-                    _broken(rollout, ValueError(f"{len(rollout.tokens)} tokens fill the model's context of {context}"))
-            going = [i for i, rollout in enumerate(rollouts) if not rollout.done]
-            if not going:
+        with _foreign(rollout):
+            environment = await in_thread(domain.environment, timeout=task.timeout)
+            messages, rollout.tools = await in_thread(environment.reset, task.seed, timeout=task.timeout)
+            _begin(rollout, messages, tokenizer, task.thinking)
+        for turn in range(task.max_turns):
+            if rollout.done or not _has_room(rollout, engine):
                 break
-            each = [_params_of(params, i, rollouts[i].seed, turn) for i in going]
-            outputs = engine.generate([rollouts[i].tokens for i in going], each)
-            for i, output in zip(going, outputs, strict=True):
-                _advance(rollouts[i], environments[i], output, tokenizer, thinking)
+            params = own_sampling(task.params, turn)
+            output = await engine.answer(rollout.tokens, params, priority=task.priority)
+            if output.error is not None:
+                raise RuntimeError(output.error)
+            with _foreign(rollout):
+                assert environment is not None
+                await _advance(rollout, environment, output, tokenizer, task)
     finally:
-        for environment in environments:
+        if environment is not None:
             with suppress(Exception):  # what has been played stays
-                environment.close()
-    return rollouts
+                await in_thread(environment.close, timeout=task.timeout)
+    return rollout
 
 
-def _params_of(params: SamplingParams, *place: int) -> SamplingParams:
-    """Each rollout and turn draws for itself, and the same each time."""
+@contextmanager
+def _foreign(rollout: Rollout) -> Iterator[None]:
+    """What happens in here is an environment's: its errors end the rollout."""
+    try:
+        yield
+    except Exception as error:
+        rollout.reward, rollout.done = 0.0, True
+        rollout.info = {"error": f"{type(error).__name__}: {error}"}
+
+
+def tokenizer_of(engine: Engine) -> Tokenizer:
+    """Raises ValueError where the engine has none."""
+    if engine.tokenizer is None:
+        raise ValueError("tasks are played in text: give the engine a tokenizer, Engine(model, tokenizer)")
+    return engine.tokenizer
+
+
+def own_sampling(params: SamplingParams, *place: int | str) -> SamplingParams:
+    """Whatever stands at this place draws for itself, and the same each time."""
     if params.seed is None:
         return params
     digest = hashlib.blake2b(repr((params.seed, *place)).encode(), digest_size=8).digest()
     return replace(params, seed=int.from_bytes(digest, "little"))
 
 
-def _begin(rollout: Rollout, environment: Environment, tokenizer: Tokenizer, thinking: bool) -> None:
+async def in_thread(call: Callable[..., Result], *args: Any, timeout: float | None) -> Result:
+    """In a thread of its own, which may hang without keeping the process from its end. Raises TimeoutError."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def settle(result: Any, error: Exception | None) -> None:
+        if future.done():  # nobody waits any more
+            return
+        future.set_result(result) if error is None else future.set_exception(error)
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = call(*args)
+        except Exception as error:
+            failure = error
+        with suppress(RuntimeError):  # the loop has closed
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, daemon=True).start()
     try:
-        messages, rollout.tools = environment.reset(rollout.seed)
-    except Exception as error:  # an environment is foreign code
-        _broken(rollout, error)
-        return
+        return await asyncio.wait_for(future, timeout)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {timeout} s") from None
+
+
+def _begin(rollout: Rollout, messages: Sequence[Message], tokenizer: Tokenizer, thinking: bool) -> None:
     rollout.messages = list(messages)
     rollout.text = render_chat(tokenizer, rollout.messages, rollout.tools, enable_thinking=thinking)
     rollout.see(tokenizer.encode(rollout.text))
 
 
-def _advance(
-    rollout: Rollout, environment: Environment, output: Output, tokenizer: Tokenizer, thinking: bool
+def _has_room(rollout: Rollout, engine: Engine) -> bool:
+    """Whoever fills the context keeps what was earned: to ramble is worse than to come to an end, not an accident."""
+    if len(rollout.tokens) < engine.model.config.max_position_embeddings:
+        return True
+    rollout.info |= {"truncated": f"{len(rollout.tokens)} tokens fill the model's context"}
+    return False
+
+
+async def _advance(
+    rollout: Rollout, environment: Environment, output: Output, tokenizer: Tokenizer, task: Task
 ) -> None:
     rollout.write(output)
     message = parse_chat(tokenizer.decode(output.tokens, skip_special=True), rollout.tools, rollout.text)
     rollout.messages.append(message)
-    try:
-        step = environment.step(message)
-        if not math.isfinite(step.reward):
-            raise ValueError(f"reward is {step.reward}")
-    except Exception as error:
-        _broken(rollout, error)
-        return
+    step = await in_thread(environment.step, message, timeout=task.timeout)
+    if not math.isfinite(step.reward):
+        raise ValueError(f"reward is {step.reward}")
     rollout.reward += step.reward
     rollout.info = dict(step.info)
     rollout.done = step.done or output.finish_reason != "stop"  # cut off: there is no end token to go on from
     if rollout.done:
         return
+    thinking = task.thinking
     before = render_chat(tokenizer, rollout.messages, rollout.tools, generation_prompt=False, enable_thinking=thinking)
     rollout.messages.extend(step.observation)
     rollout.text = render_chat(tokenizer, rollout.messages, rollout.tools, enable_thinking=thinking)
     if not rollout.text.startswith(before):
-        changed = "the chat template writes earlier turns otherwise once messages follow: it cannot go on"
-        _broken(rollout, ValueError(changed))
-        return
+        raise ValueError("the chat template writes earlier turns otherwise once messages follow: it cannot go on")
     rollout.see(tokenizer.encode(rollout.text[len(before) :]))
-
-
-def _broken(rollout: Rollout, error: Exception) -> None:
-    rollout.reward, rollout.done = 0.0, True
-    rollout.info = {"error": f"{type(error).__name__}: {error}"}

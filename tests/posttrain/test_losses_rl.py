@@ -143,8 +143,8 @@ def test_a_sequence_without_own_tokens_is_an_error(name):
     calls = {
         "grpo": lambda: grpo_loss(x, x, x, x[:, 0], mask, clip=CLIP, truncation=2.0),
         "mopd": lambda: mopd_loss(x, x, x, x, x[:, 0], mask, alpha=0.0, gate=GATE),
-        "full": lambda: reverse_kl_loss(x[..., None], x[..., None], mask),
-        "topk": lambda: topk_reverse_kl_loss(x[..., None], x[..., None], mask),
+        "full": lambda: reverse_kl_loss(x[mask > 0, None], x[mask > 0, None], mask),
+        "topk": lambda: topk_reverse_kl_loss(x[mask > 0, None], x[mask > 0, None], mask),
         "drift": lambda: rollout_drift(x, x, mask),
     }
     with pytest.raises(ValueError, match=r"without a token of its own.*filter_empty"):
@@ -175,8 +175,8 @@ def test_reverse_kl_is_the_formula(seed):
     student, teacher, mask = distributions(seed)
     want_in, got_in = student.clone().requires_grad_(), student.float().requires_grad_()
     want = kl_formula(want_in, teacher, mask, lambda b, t: [[v] for v in range(7)])
-    teacher_logp = teacher.float().log_softmax(-1).masked_fill(mask[..., None] == 0, math.nan)
-    got = reverse_kl_loss(got_in.log_softmax(-1), teacher_logp, mask)
+    own = mask > 0
+    got = reverse_kl_loss(got_in[own].log_softmax(-1), teacher[own].float().log_softmax(-1), mask)
     assert got.item() == pytest.approx(want.item(), rel=1e-4)
     want.backward()
     got.backward()
@@ -195,9 +195,10 @@ def test_topk_reverse_kl_counts_the_rest_as_one_token(seed, k):
         return [[v] for v in chosen] + ([rest] if rest else [])
 
     want = kl_formula(want_in, teacher, mask, classes)
-    logp = got_in.log_softmax(-1).gather(-1, ids)
-    got = topk_reverse_kl_loss(logp, teacher.float().log_softmax(-1).gather(-1, ids), mask)
-    full = reverse_kl_loss(student.log_softmax(-1), teacher.log_softmax(-1), mask)
+    own = mask > 0
+    logp, teacher_logp = got_in.log_softmax(-1).gather(-1, ids), teacher.float().log_softmax(-1).gather(-1, ids)
+    got = topk_reverse_kl_loss(logp[own], teacher_logp[own], mask)
+    full = reverse_kl_loss(student[own].log_softmax(-1), teacher[own].log_softmax(-1), mask)
     assert got.item() == pytest.approx(want.item(), rel=1e-3, abs=1e-5)
     assert got.item() <= full.item() + 1e-5
     want.backward()
@@ -208,17 +209,18 @@ def test_topk_reverse_kl_counts_the_rest_as_one_token(seed, k):
 def test_topk_reverse_kl_as_a_loss_moves_the_student_to_the_teacher():
     """As an advantage it would move it nowhere: a constant at each place."""
     student, teacher, mask = (x.float() for x in distributions(0))
+    own, teacher_logp = mask > 0, teacher.log_softmax(-1)
     student.requires_grad_()
     optimizer = torch.optim.Adam([student], lr=0.1)
     for _ in range(300):
         logp = student.log_softmax(-1)
         ids = logp.topk(3, dim=-1).indices
-        loss = topk_reverse_kl_loss(logp.gather(-1, ids), teacher.log_softmax(-1).gather(-1, ids), mask)
+        loss = topk_reverse_kl_loss(logp.gather(-1, ids)[own], teacher_logp.gather(-1, ids)[own], mask)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    before = reverse_kl_loss(distributions(0)[0].float().log_softmax(-1), teacher.log_softmax(-1), mask)
-    after = reverse_kl_loss(student.log_softmax(-1), teacher.log_softmax(-1), mask)
+    before = reverse_kl_loss(distributions(0)[0].float().log_softmax(-1)[own], teacher_logp[own], mask)
+    after = reverse_kl_loss(student.log_softmax(-1)[own], teacher_logp[own], mask)
     assert after < 0.2 * before
 
 

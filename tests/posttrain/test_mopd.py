@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from mimoflash.engine import Engine
 from mimoflash.posttrain import (
     GRPOSettings,
+    ModelTeacher,
     MOPDSettings,
-    Teacher,
     make_batch,
     mopd,
     mopd_loss,
@@ -20,8 +20,9 @@ from mimoflash.posttrain import (
     token_logp,
     train_grpo,
     train_mopd,
+    training,
 )
-from mimoflash.posttrain.groups import play_groups, samples_of, sound
+from mimoflash.posttrain.groups import samples_of, sound
 from mimoflash.text import Tokenizer
 
 DOMAINS = {"digits": Say("go", DIGITS), "capitals": Say("word", CAPITALS)}
@@ -39,8 +40,8 @@ def teachers(tokenizer):
     taught = {}
     for name, domain in DOMAINS.items():
         model = small_model(initializer_range=0.1)
-        train_grpo(Engine(model, tokenizer), domain, GRPOSettings(steps=14, lr=3e-3, **SHAPE), Log())
-        taught[name] = Teacher(model, tokenizer)
+        train_grpo(Engine(model, tokenizer), {name: domain}, GRPOSettings(steps=14, lr=3e-3, **SHAPE), Log())
+        taught[name] = ModelTeacher(model, tokenizer)
     return taught
 
 
@@ -64,8 +65,18 @@ def test_the_student_becomes_both_teachers(teachers, tokenizer):
 
 def test_every_domain_has_the_same_share_of_the_loss(teachers, tokenizer, monkeypatch):
     """Also where most of its rollouts are lost, its answers are longer, and micro-batches are cut otherwise."""
-    seen = []
-    monkeypatch.setattr(mopd, "update", lambda trainer, parts, loss_fn, lr: seen.append((parts, loss_fn)) or {})
+    seen, played, groups_of = [], [], mopd.Training.groups
+
+    def groups(training):
+        played.append(groups_of(training))
+        return played[-1]
+
+    def update(training, parts, loss_fn, metrics):
+        seen.append((parts, loss_fn))
+        training.log(1, training.tokens, metrics)
+
+    monkeypatch.setattr(mopd.Training, "groups", groups)
+    monkeypatch.setattr(mopd.Training, "update", update)
     domains = DOMAINS | {"digits": Say("go", DIGITS, broken=lambda seed, answer: seed % 3 > 0)}
     model, log = train(teachers, tokenizer, domains=domains, alpha=0.5, micro_tokens=200)
     assert log[0]["digits/env/broken"] > 0
@@ -74,10 +85,9 @@ def test_every_domain_has_the_same_share_of_the_loss(teachers, tokenizer, monkey
     outs = [loss_fn(model, item) for item in items]
     got = sum(out.total for out in outs) / sum(out.weight for out in outs)
 
-    settings, engine, losses = MOPDSettings(steps=1, lr=1.0, alpha=0.5, **SHAPE), Engine(model, tokenizer), []
-    for name, domain in domains.items():
-        groups = play_groups(engine, domain, mopd.seeds(domain, "train"), settings, step=1)
-        batch = make_batch([s for each in groups for s in samples_of(sound(each))], model.config)
+    settings, losses = MOPDSettings(steps=1, lr=1.0, alpha=0.5, **SHAPE), []
+    for name in domains:
+        batch = make_batch([s for each in played[0][name] for s in samples_of(sound(each))], model.config)
         logp_BT = token_logp(model, batch, replay=True)
         (teacher_logp_BT,) = score(teachers[name].model, [batch], replay=False)
         loss, _ = mopd_loss(
@@ -90,7 +100,7 @@ def test_every_domain_has_the_same_share_of_the_loss(teachers, tokenizer, monkey
 
 def test_a_teacher_like_the_student_has_nothing_to_say(tokenizer, talker_like):
     """Both are scored by one and the same forward pass, in whatever the engine computes."""
-    copies = {name: Teacher(copy.deepcopy(talker_like), tokenizer) for name in DOMAINS}
+    copies = {name: ModelTeacher(copy.deepcopy(talker_like), tokenizer) for name in DOMAINS}
     _, log = train(copies, tokenizer, model=talker_like, dtype=FEW_BITS)
     assert log[0]["mopd/reverse_kl"] == 0.0
     assert log[0]["loss"] == 0.0
@@ -116,7 +126,7 @@ def test_tasks_without_signal_teach_too(teachers, tokenizer):
 def with_model(teacher, **changes):
     other = copy.copy(teacher.model)
     other.config = dataclasses.replace(other.config, **changes)
-    return Teacher(other, teacher.tokenizer)
+    return ModelTeacher(other, teacher.tokenizer)
 
 
 def other_end(tokenizer):
@@ -126,17 +136,17 @@ def other_end(tokenizer):
 SPOILT = {
     "no teacher for capitals": lambda t, _: {"digits": t["digits"]},
     r"a teacher for maths, but the domains are capitals, digits": lambda t, _: t | {"maths": t["digits"]},
-    "another tokenizer": lambda t, _: t | {"digits": Teacher(t["digits"].model, small_tokenizer("other words"))},
+    "another tokenizer": lambda t, _: t | {"digits": ModelTeacher(t["digits"].model, small_tokenizer("other words"))},
     "a vocabulary of 128": lambda t, _: t | {"digits": with_model(t["digits"], vocab_size=128)},
-    "ends its turns by": lambda t, _: t | {"digits": Teacher(t["digits"].model, other_end(t["digits"].tokenizer))},
+    "ends its turns by": lambda t, _: t | {"digits": ModelTeacher(t["digits"].model, other_end(t["digits"].tokenizer))},
     r"digits ends its turns by tokens \[7,": lambda t, _: t | {"digits": with_model(t["digits"], eos_token_id=7)},
-    "is the student": lambda t, student: t | {"digits": Teacher(student, t["digits"].tokenizer)},
+    "is the student": lambda t, student: t | {"digits": ModelTeacher(student, t["digits"].tokenizer)},
 }
 
 
 @pytest.mark.parametrize("message", SPOILT)
 def test_teachers_that_do_not_fit_are_an_error_before_anything_starts(teachers, tokenizer, monkeypatch, message):
-    monkeypatch.setattr(mopd, "make_trainer", lambda model: pytest.fail("it has started"))
+    monkeypatch.setattr(training, "make_trainer", lambda model: pytest.fail("it has started"))
     student = small_model(initializer_range=0.1)
     with pytest.raises(ValueError, match=message):
         train(SPOILT[message](teachers, student), tokenizer, model=student)

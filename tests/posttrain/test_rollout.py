@@ -26,7 +26,7 @@ class Talk:
         return [{"role": "user", "content": "go"}], []
 
     def step(self, message):
-        more = [{"role": "user", "content": "word " * self.longer}]
+        more = [{"role": "user", "content": "word " * self.longer[self.seed]}]
         return Step(observation=more, reward=1.0, done=False, info={})
 
     def close(self):
@@ -35,11 +35,13 @@ class Talk:
 
 
 class Domain:
+    name = "talk"
+
     def __init__(self, longer):
-        self.longer, self.closed = iter(longer), []
+        self.longer, self.closed = longer, []
 
     def environment(self):
-        return Talk(next(self.longer), self.closed)
+        return Talk(self.longer, self.closed)
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +61,11 @@ def played(setting):
     engine = Engine(model, tokenizer)
 
     def play(longer, seeds, engine=engine, **more):
-        domain = Domain(longer)
+        domain = Domain(dict(zip(seeds, longer, strict=True)))
         params = SamplingParams(
             max_tokens=60, temperature=1.0, seed=1, logit_bias={tokenizer.special.im_end: 4.0}, **more
         )
-        return play_tasks(engine, tokenizer, domain, seeds, params, max_turns=3), domain
+        return play_tasks(engine, domain, seeds, params, max_turns=3), domain
 
     return play
 
@@ -77,8 +79,9 @@ def test_equal_tasks_are_played_differently(played):
 
 def test_a_rollout_that_outgrows_the_context_ends_alone_and_all_environments_close(played):
     rollouts, domain = played([1, 2000, 1, 1], [1, 2, 3, 4])
-    assert "context" in rollouts[1].info["error"]
-    assert all("error" not in r.info for i, r in enumerate(rollouts) if i != 1)
+    assert "context" in rollouts[1].info["truncated"]
+    assert rollouts[1].reward == 1.0  # what it has earned stays: it is no accident
+    assert all(not r.info for i, r in enumerate(rollouts) if i != 1)
     assert len(domain.closed) == 4
 
 
@@ -128,20 +131,19 @@ def test_routes_are_those_that_its_tokens_were_sampled_by(setting, played, monke
     """What an earlier turn ran by stays, also where it has to run again, by other routes."""
     model, tokenizer = setting
     engine = Engine(model, tokenizer)
-    generate, outputs = engine.generate, []
+    answer, outputs = engine.answer, []
 
-    def forgetful(*args):
-        outputs.append(generate(*args))
+    async def forgetful(*args, **more):
+        outputs.append(await answer(*args, **more))
         engine.update_weights()  # drops what is kept
-        for output in outputs[-1][:1]:
-            output.routes += len(outputs)  # as if each turn had chosen other experts
+        outputs[-1].routes += len(outputs)  # as if each turn had chosen other experts
         return outputs[-1]
 
-    monkeypatch.setattr(engine, "generate", forgetful)
+    monkeypatch.setattr(engine, "answer", forgetful)
     (rollout,), _ = played([5], [3], engine)
     assert len(rollout.turns) > 1
     known = 0
-    for (output,) in outputs:
+    for output in outputs:
         assert output.cached_tokens == 0
         assert torch.equal(rollout.routes[known : len(output.routes)], output.routes[known:])
         known = len(output.routes)
