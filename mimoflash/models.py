@@ -79,7 +79,7 @@ def _find(name: str) -> tuple[Path, Path | None]:
         if Path(trunk).resolve() == folder.resolve():
             raise ValueError(f"{folder} is a run for MTP layers of itself: its recipe's model has to be another")
         return find_model(trunk), _newest(folder, "mtp", "first") / HEADS
-    return _newest(folder, "sft", "pretrain") / "model", None
+    return _newest(folder, "mopd", "sft", "pretrain") / "model", None
 
 
 def _newest(folder: Path, *stages: str) -> Path:

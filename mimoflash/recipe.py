@@ -5,21 +5,25 @@ There are two kinds: a model from nothing (`Recipe`), and MTP layers for a model
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator, with_config
 
 from mimoflash.config import ModelConfig
 from mimoflash.data import DomainSource, FolderSource, StdlibSource
-from mimoflash.posttrain import ConversationSettings
+from mimoflash.posttrain import ConversationSettings, GRPOSettings, MOPDSettings, SourceSettings
+from mimoflash.posttrain.rivals import OffPolicySettings
 from mimoflash.text import Tokenizer
 from mimoflash.train import HeadsSettings, StageSettings
-from mimoflash.world import domain
+from mimoflash.world import Domain, domain
 
 RECIPES = Path(__file__).parent / "recipes"
 
 _STRICT = ConfigDict(extra="forbid")
-for _settings in (StageSettings, FolderSource, StdlibSource, DomainSource, ConversationSettings, HeadsSettings):
+for _settings in (
+    StageSettings, FolderSource, StdlibSource, DomainSource, ConversationSettings, HeadsSettings, GRPOSettings,
+    MOPDSettings, SourceSettings, OffPolicySettings,
+):
     with_config(_STRICT)(_settings)
 
 Positive = Annotated[int, Field(gt=0)]
@@ -33,11 +37,33 @@ class TokenizerSettings(BaseModel):
     documents: Positive = 2000
 
 
+class EngineSettings(BaseModel):
+    """What rollouts are played by: `dtype` of the weights, `max_running` at a time."""
+
+    model_config = _STRICT
+    dtype: Literal["float32", "bf16", "int8", "int4"] = "float32"
+    max_running: Positive = 256
+
+
+class RivalSettings(BaseModel):
+    """What MOPD is compared with: those that are given (see posttrain/rivals.py)."""
+
+    model_config = _STRICT
+    mix_rl: GRPOSettings | None = None
+    cascade_rl: GRPOSettings | None = None
+    off_policy: OffPolicySettings | None = None
+    naive_mopd: MOPDSettings | None = None
+    param_merge: bool = False
+
+
 class EvaluateSettings(BaseModel):
-    """`tasks` held-out tasks of each domain, greedy, at most `max_tokens` a turn; `conversations` of each are shown."""
+    """`tasks` held-out tasks of each domain, `samples` answers to each at `temperature` (0: greedy), at most
+    `max_tokens` a turn; `conversations` of each are shown."""
 
     model_config = _STRICT
     tasks: Positive = 100
+    samples: Positive = 1
+    temperature: Annotated[float, Field(ge=0)] = 0.0
     max_tokens: Positive = 160
     conversations: Annotated[int, Field(ge=0)] = 2
 
@@ -47,7 +73,8 @@ Source = Annotated[FolderSource | StdlibSource | DomainSource, Field(discriminat
 
 class Recipe(BaseModel):
     """What a run makes. `sources` by name; stages choose from them by their mixtures. `model` holds ModelConfig's
-    fields, without the vocabulary's size and special tokens, which the tokenizer brings."""
+    fields, without the vocabulary's size and special tokens, which the tokenizer brings. `teachers` by domain: MOPD and
+    its rivals are about these domains. Stages that are not described do not run."""
 
     model_config = _STRICT
     name: str
@@ -58,11 +85,21 @@ class Recipe(BaseModel):
     sources: dict[str, Source]
     pretrain: StageSettings
     sft: StageSettings
+    rollouts: EngineSettings = EngineSettings()
+    teachers: dict[str, GRPOSettings] | None = None
+    mopd: MOPDSettings | None = None
+    rivals: RivalSettings | None = None
     evaluate: EvaluateSettings = EvaluateSettings()
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
         """What only the whole recipe can show, before hours are spent on it."""
+        names = sorted({source.domain for source in self.sources.values() if isinstance(source, DomainSource)})
+        if unknown := sorted((self.teachers or {}).keys() - set(names)):
+            raise ValueError(f"teachers names {unknown[0]!r}; the domains of the sources are {', '.join(names)}")
+        for later in ("mopd", "rivals"):
+            if getattr(self, later) is not None and not self.teachers:
+                raise ValueError(f"{later} needs teachers: describe one for each domain, as [teachers.arithmetic]")
         for stage in ("pretrain", "sft"):
             unknown = sorted(set(getattr(self, stage).mixture) - set(self.sources))
             if unknown:
@@ -74,12 +111,12 @@ class Recipe(BaseModel):
         _config(self, vocab_size=self.tokenizer.vocab_size)
         return self
 
-    def domains(self) -> dict[str, DomainSource]:
-        """The domains among the sources, one source each (the first of several that share a domain)."""
-        found: dict[str, DomainSource] = {}
+    def domains(self) -> dict[str, Domain]:
+        """Those of the sources, by name (the first of several sources that share a domain)."""
+        found: dict[str, Domain] = {}
         for source in self.sources.values():
-            if isinstance(source, DomainSource):
-                found.setdefault(source.domain, source)
+            if isinstance(source, DomainSource) and source.domain not in found:
+                found[source.domain] = domain(source.domain, **source.options)
         return found
 
 

@@ -9,8 +9,8 @@ import torch
 
 from mimoflash.recipe import HeadsRecipe, Recipe
 from mimoflash.report import write_report
-from mimoflash.run_folder import Run, write_json
-from mimoflash.stages import STAGES, Say
+from mimoflash.run_folder import Run, Say, write_json
+from mimoflash.stages import stages_of
 from mimoflash.train.monitor import matmul_peak
 
 
@@ -22,7 +22,7 @@ def run(
     With `resume` finished stages are kept and a broken-off one goes on where it was. Raises ValueError if `out` holds
     a run and `resume` is not given, or a run of another recipe, or if `only` needs a stage that has not been run.
     """
-    stages = STAGES[type(recipe)]
+    stages = stages_of(recipe)
     if only is not None and only not in stages:
         raise ValueError(f"there is no stage {only!r}; the stages are {', '.join(stages)}")
     this = open_run(recipe, Path(out), resume or only is not None)
@@ -33,7 +33,7 @@ def run(
             continue
         begin = time.monotonic()
         names = list(stages)
-        this.forget(names[names.index(stage) :])  # nor does a later one count as done
+        this.forget(stage, names[names.index(stage) + 1 :])
         result = stages[stage](this, say)
         this.finish(stage, {"seconds": time.monotonic() - begin} | result)
         write_json(this.out / "summary.json", summary(this))
@@ -53,7 +53,7 @@ def open_run(recipe: Recipe | HeadsRecipe, out: Path, resume: bool) -> Run[Any]:
         stored = json.loads(file.read_text())
         if stored != described:
             changed = sorted(key for key in stored | described if stored.get(key) != described.get(key))
-            begun = [key for key in changed if key not in STAGES[type(recipe)] or (out / key).exists()]
+            begun = [key for key in changed if key not in stages_of(recipe) or (out / key).exists()]
             if begun:
                 raise ValueError(f"{out} holds a run of another recipe ({begun[0]} differs): give another --out")
             write_json(file, described)  # what differs are stages that have not begun
@@ -71,7 +71,7 @@ def _seconds(result: dict[str, Any]) -> float:
 
 def summary(this: Run[Any]) -> dict[str, Any]:
     """summary.json: what is known of the run as far as it has gone."""
-    results = {stage: result for stage in STAGES[type(this.recipe)] if (result := this.result(stage)) is not None}
+    results = {stage: result for stage in stages_of(this.recipe) if (result := this.result(stage)) is not None}
     whole: dict[str, Any] = {
         "name": this.recipe.name,
         "seconds": {stage: round(_seconds(result), 1) for stage, result in results.items()},

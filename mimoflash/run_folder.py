@@ -4,7 +4,7 @@ data/ too."""
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,6 +14,7 @@ from mimoflash.recipe import HeadsRecipe, Recipe
 from mimoflash.text import Tokenizer, load_tokenizer
 
 Kind = TypeVar("Kind", Recipe, HeadsRecipe)
+Say = Callable[[str], None]
 
 
 @dataclass
@@ -47,10 +48,15 @@ class Run(Generic[Kind]):
             raise ValueError(f"{self.out} has no finished stage {stage}: run it first (--only {stage})")
         return self.out / stage
 
-    def forget(self, stages: Iterable[str]) -> None:
-        """From now on none of these stages counts as done."""
-        for stage in stages:
-            (self.out / stage / "done.json").unlink(missing_ok=True)
+    def forget(self, stage: str, later: Sequence[str]) -> None:
+        """From now on none of these stages counts as done. What `stage` has begun and not finished is gone on with; not
+        so that of `later` ones, which began with what is about to change."""
+        is_begun = self.result(stage) is None
+        for name in later if is_begun else (stage, *later):
+            for file in (self.out / name).rglob("done.json"):
+                file.unlink()
+            for states in list((self.out / name).rglob("states")):
+                shutil.rmtree(states)
 
     def finish(self, stage: str, result: dict[str, Any]) -> None:
         write_json(self.out / stage / "done.json", result)

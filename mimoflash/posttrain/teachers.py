@@ -103,7 +103,7 @@ class Shelf:
 class RemoteTeacher:
     """A model behind an OpenAI-compatible endpoint that returns log-probabilities of prompts, as vLLM's does: POST
     `base_url`/completions with `prompt_logprobs`. `tokenizer` is what the served model was trained with. Raises
-    ValueError where an answer lacks them, requests.RequestException where there is none after `retries` more attempts."""
+    ValueError where an answer lacks them, requests.RequestException where none comes in 1 + `retries` attempts."""
 
     config = None
 
@@ -139,7 +139,7 @@ class RemoteTeacher:
         return Scores(logp_BT, table[..., 0].float().to(logp_BT.device), table[..., 1].long().to(logp_BT.device))
 
     def _ask(self, tokens: list[int], top: int) -> list[Any]:
-        asked: Any = {"model": self.model, "prompt": tokens, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": top}
+        asked: Any = {"model": self.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": top}
         answer = self._session.post(self._url, json=asked, timeout=self._timeout)
         answer.raise_for_status()
         places = answer.json()["choices"][0].get("prompt_logprobs")

@@ -21,6 +21,7 @@ from mimoflash.posttrain.policy import score
 from mimoflash.posttrain.rollout import tokenizer_of
 from mimoflash.posttrain.scheduler import DataScheduler, LocalPlayer, Player, Source
 from mimoflash.train import LossOutput, Trainer
+from mimoflash.train.monitor import Monitor
 from mimoflash.train.settings import check_least
 from mimoflash.world import Domain
 
@@ -121,11 +122,18 @@ class Training:
             max_staleness=settings.max_staleness, partial_share=settings.partial_share, retries=settings.retries,
             journal=Journal(folder / "states" / "rollouts.jsonl") if folder else None,
         )
-        self.tokens, self._step, self._metrics = 0, 0, Metrics()
+        self.tokens, self._step = 0, 0
+        self._metrics: Metrics = {}
+        self._monitor: Monitor | None = None
 
     def __enter__(self) -> "Training":
         self._stack = ExitStack()
         self._load()
+        if self.folder is not None:
+            monitor = Monitor(
+                self.folder, self.folder.name, self.settings.steps, first_step=self._step, done=self._step
+            )
+            self._monitor = self._stack.enter_context(monitor)
         self._stack.enter_context(self.scheduler)
         self.scheduler.begin(self.model)
         return self
@@ -174,9 +182,11 @@ class Training:
         steps = [self._update(items, loss_fn, lr) for items in parts if items]
         own = {name: sum(step[name] for step in steps) / len(steps) for name in (steps[0] if steps else {})}
         self.scheduler.update(self.model)
-        seconds = {"seconds/update": time.monotonic() - begin}
+        everything = metrics | own | self._metrics | {"seconds/update": time.monotonic() - begin}
         if self.log is not None:
-            self.log(self._step, self.tokens, metrics | own | self._metrics | seconds)
+            self.log(self._step, self.tokens, everything)
+        if self._monitor is not None:
+            self._monitor.log(self._step, self.tokens, everything, done=self._step)
         if self.folder is not None and self._step % self.settings.save_every == 0:
             self._save()
 

@@ -102,7 +102,7 @@ def train_heads(
     def loss_fn(_: MTP, item: HiddenBatch) -> LossOutput:
         return draft_loss(model, item, head)
 
-    with Monitor(folder, "mtp", settings.steps * row, first_step=done, tokens=done * row) as monitor:
+    with Monitor(folder, "mtp", settings.steps * row, first_step=done, done=done * row) as monitor:
         for step in range(done + 1, settings.steps + 1):
             batch = train.batch((step - 1) * settings.batch, settings.batch).to(head.device)
             try:

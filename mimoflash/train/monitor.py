@@ -34,10 +34,17 @@ def fastest_dtype(device: str = "cpu") -> torch.dtype:
     return torch.bfloat16 if faster else torch.float32
 
 
-class Monitor:
-    """Progress and logs of one stage, in its folder. A resumed stage drops the lines after the step it goes on from."""
+SHOWN = {
+    "loss": "loss {:.3f}", "dynsam/avg@n": "reward {:.2f}", "mopd/reverse_kl": "reverse KL {:.3f}",
+    "tokens_per_second": "{:,.0f} tok/s", "mfu": "MFU {:.0%}",
+}
 
-    def __init__(self, folder: Path, name: str, total_tokens: int, *, first_step: int = 0, tokens: int = 0):
+
+class Monitor:
+    """Progress and logs of one stage, in its folder; `total` is in whatever progress is counted. A resumed stage drops
+    the lines after the step it goes on from."""
+
+    def __init__(self, folder: Path, name: str, total: float, *, first_step: int = 0, done: float = 0):
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "metrics.jsonl"
         self._forget_after(first_step)
@@ -48,28 +55,26 @@ class Monitor:
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
         )
-        self.name, self.total, self.printed = name, total_tokens, time.monotonic()
-        self.task = self.progress.add_task(name, total=total_tokens, completed=tokens, status="")
-        self.started, self.first_tokens = time.monotonic(), tokens
+        self.name, self.total, self.printed = name, total, time.monotonic()
+        self.task = self.progress.add_task(name, total=total, completed=int(done), status="")
+        self.started, self.first = time.monotonic(), done
         self.progress.start()
 
-    def log(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
-        """One step: `metrics` holds at least `loss`; `tokens_per_second` and `mfu` are shown where they are."""
+    def log(self, step: int, tokens: int, metrics: dict[str, float], *, done: float | None = None) -> None:
+        """One step, after which `done` of the total is done (the tokens, if not given)."""
         self.log_file.write(json.dumps({"step": step, "tokens": tokens, **metrics}) + "\n")
         self.log_file.flush()
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
-        if "loss" not in metrics:
+        status = "  ".join(shown.format(metrics[name]) for name, shown in SHOWN.items() if name in metrics)
+        if not status:
             return
-        status = f"loss {metrics['loss']:.3f}"
-        if "tokens_per_second" in metrics:
-            status += f"  {metrics['tokens_per_second']:,.0f} tok/s  MFU {metrics['mfu']:.0%}"
-        self.progress.update(self.task, completed=tokens, status=status)
+        done = tokens if done is None else done
+        self.progress.update(self.task, completed=int(done), status=status)
         if not self.console.is_terminal and time.monotonic() - self.printed > 15:  # a log file gets a line now and then
             self.printed = time.monotonic()
-            spent = self.printed - self.started
-            left = spent / max(1, tokens - self.first_tokens) * (self.total - tokens)
-            self.console.print(f"{self.name} {tokens / self.total:4.0%}  {status}  {left:.0f} s left", highlight=False)
+            left = (self.printed - self.started) / max(1, done - self.first) * (self.total - done)
+            self.console.print(f"{self.name} {done / self.total:4.0%}  {status}  {left:.0f} s left", highlight=False)
 
     def close(self) -> None:
         self.progress.stop()

@@ -147,7 +147,7 @@ def train_stage(model: Transformer, data: Prepared, settings: StageSettings, fol
         )
 
     load = torch.zeros(len(model.config.moe_layers), model.config.n_routed_experts, device=device)
-    with Monitor(folder, name, plan[-1].tokens, first_step=done, tokens=first_tokens) as monitor:
+    with Monitor(folder, name, plan[-1].tokens, first_step=done, done=first_tokens) as monitor:
         batches = loader.batches(plan[done].first_sample, [step.rows for step in plan[done:]])
         for number, (step, batch) in enumerate(zip(plan[done:], batches, strict=True), done + 1):
             begin = time.perf_counter()

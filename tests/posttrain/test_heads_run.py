@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from mimoflash import stages
 from mimoflash.benchmarks.subject import gguf_file, open_subject
 from mimoflash.checkpoint import load_heads, load_model, save_gguf
 from mimoflash.config import ModelConfig
@@ -16,6 +15,7 @@ from mimoflash.models import convert, find_model, open_engine, open_model
 from mimoflash.posttrain.heads import measure_heads
 from mimoflash.recipe import load_recipe
 from mimoflash.run import run
+from mimoflash.stages import mtp_layers
 
 RECIPE = """
 name = "heads"
@@ -110,7 +110,7 @@ def test_the_trunk_writes_with_the_weights_that_its_file_has(
     save_gguf(talker, tmp_path / "t.gguf", dtype=stored, tokenizer=fields)
     (tmp_path / "heads.toml").write_text(RECIPE.format(model=tmp_path / "t.gguf"))
     engines = []
-    monkeypatch.setattr(stages, "write_conversations", lambda engine, *_: engines.append(engine))
+    monkeypatch.setattr(mtp_layers, "write_conversations", lambda engine, *_: engines.append(engine))
     run(load_recipe(tmp_path / "heads.toml"), tmp_path / "out", only="generate", say=lambda _: None)
     assert engines[0].runner.weights == expected
     assert open_engine(str(tmp_path / "t.gguf")).runner.weights == expected
@@ -121,7 +121,7 @@ def test_the_trunk_comes_without_the_layers_that_its_file_has(tokenizer, tmp_pat
     save_gguf(Transformer(config), tmp_path / "t.gguf", dtype="float32", tokenizer=tokenizer.gguf_fields())
     (tmp_path / "heads.toml").write_text(RECIPE.format(model=tmp_path / "t.gguf"))
     engines = []
-    monkeypatch.setattr(stages, "write_conversations", lambda engine, *_: engines.append(engine))
+    monkeypatch.setattr(mtp_layers, "write_conversations", lambda engine, *_: engines.append(engine))
     run(load_recipe(tmp_path / "heads.toml"), tmp_path / "out", only="generate", say=lambda _: None)
     assert engines[0].model.config.num_nextn_predict_layers == 0
 
