@@ -14,7 +14,7 @@ from mimoflash.model import Transformer
 from mimoflash.posttrain.batch import RolloutBatch, Sample, make_batch, micro_batches
 from mimoflash.posttrain.groups import deal, domain_metrics, samples_of, sound
 from mimoflash.posttrain.losses import mopd_loss, reverse_kl_loss, rollout_drift, topk_reverse_kl_loss
-from mimoflash.posttrain.policy import Scored, mtp_loss, view
+from mimoflash.posttrain.policy import View, mtp_loss, view
 from mimoflash.posttrain.scheduler import Player
 from mimoflash.posttrain.teachers import Scores, Teacher, check_teachers
 from mimoflash.posttrain.training import Log, RolloutSettings, Training, sampling_policy
@@ -117,7 +117,7 @@ def _loss(model: Transformer, item: _Item, settings: MOPDSettings) -> LossOutput
     return LossOutput(loss * item.weight, item.weight, metrics)
 
 
-def _reverse_kl(own: Scored, scores: Scores, mask_BT: Tensor, *, per_token: bool) -> Tensor:
+def _reverse_kl(own: View, scores: Scores, mask_BT: Tensor, *, per_token: bool) -> Tensor:
     assert scores.top_logp_NK is not None
     assert scores.top_ids_NK is not None
     if scores.top_logp_NK.shape == own.logp_NV.shape:

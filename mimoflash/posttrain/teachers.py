@@ -126,15 +126,17 @@ class RemoteTeacher:
         logp_BT = torch.zeros_like(batch.mask_BT)
         likeliest: list[list[tuple[float, int]]] = []
         for row, mask_T in enumerate(batch.mask_BT):
-            own = mask_T.nonzero()[:, 0].tolist()
-            tokens = batch.tokens_BT[row, : own[-1] + 1].tolist()
-            places = self._ask(tokens, top)
-            for place in own:
-                logp_BT[row, place] = _logprob(places[place], tokens[place])
+            tokens, start = batch.whole_row(row), int(batch.start_B[row])
+            places = self._ask(tokens, top)[start:]
+            for place in mask_T.nonzero()[:, 0].tolist():
+                logp_BT[row, place] = _logprob(places[place], tokens[start + place])
                 best = sorted(((_logprob(places[place], int(t)), int(t)) for t in places[place]), reverse=True)
-                likeliest.append(best[:top])
+                # in the order of the ids: where these are all tokens, in the vocabulary's
+                likeliest.append(sorted(best[:top], key=lambda pair: pair[1]))
         if not top:
             return Scores(logp_BT)
+        if len(counts := {len(best) for best in likeliest}) > 1:
+            raise ValueError(f"{self._url} gave {min(counts)} to {max(counts)} tokens a place: {top} were asked for")
         table = torch.tensor(likeliest, dtype=torch.float64)  # (N, K, 2)
         return Scores(logp_BT, table[..., 0].float().to(logp_BT.device), table[..., 1].long().to(logp_BT.device))
 

@@ -65,7 +65,7 @@ def small_model(seed=0, **changes):
     return Transformer(ModelConfig.tiny(vocab_size=vocabulary, max_position_embeddings=512, **changes))
 
 
-def chats(model, *, count=5, dtype=None, temperature=1.0, max_tokens=12):
+def chats(model, *, tasks=range(5), dtype=None, temperature=1.0, max_tokens=12):
     """Samples of several turns and lengths, with some outcome."""
     tokenizer = small_tokenizer()
     special = tokenizer.special
@@ -73,7 +73,7 @@ def chats(model, *, count=5, dtype=None, temperature=1.0, max_tokens=12):
     bias = {special.im_end: 3.0, special.think: -math.inf, special.end_think: -math.inf}
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=1, logit_bias=bias)
     engine = Engine(model, tokenizer, dtype=dtype)
-    rollouts = play_tasks(engine, Chat("go", ""), range(count), params, max_turns=3)
+    rollouts = play_tasks(engine, Chat("go", ""), tasks, params, max_turns=3)
     return [Sample(rollout, outcome) for rollout, outcome in zip(rollouts, itertools.cycle([1.0, -1.0]), strict=False)]
 
 

@@ -1,6 +1,7 @@
 """Log-probabilities of rollouts: exact, by the routes that were sampled with, and never of more than is needed."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -19,7 +20,14 @@ def model():
 
 @pytest.fixture(scope="module")
 def samples(model):
-    return chats(model)
+    """Some of the same task, so that they share its prompt."""
+    return chats(model, tasks=[0, 1, 2, 0, 3, 0])
+
+
+def whole(batch, row, values_BT):
+    """What a row's tensor says of a rollout's tokens, zeros for the prompt that is held apart."""
+    start = int(batch.start_B[row])
+    return torch.cat([values_BT.new_zeros(start), values_BT[row]])
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +44,10 @@ def test_each_token_has_its_log_probability_at_temperature_1(model, samples, bat
         tokens = torch.tensor([sample.rollout.tokens])
         routes = sample.rollout.routes[None].long() if replay else None
         probabilities = exact(tokens[:, : sample.length - 1], routes=routes)[0].softmax(-1)
-        for place in range(batch.tokens_BT.shape[1]):
+        for place, logp in enumerate(whole(batch, row, got).tolist()):
             own = any(start <= place < end for start, end in sample.rollout.turns)
             want = probabilities[place - 1, tokens[0, place]].log().item() if own else 0.0
-            assert got[row, place].item() == pytest.approx(want, abs=1e-4)
+            assert logp == pytest.approx(want, abs=1e-4)
 
 
 @torch.no_grad()
@@ -47,18 +55,31 @@ def test_over_several_turns_it_is_what_the_engine_said(model, samples, batch):
     got = token_logp(model, batch, replay=True)
     for row, sample in enumerate(samples):
         want = torch.tensor(sample.rollout.logprobs[: sample.length])
-        assert_close(got[row, : sample.length], want, atol=1e-4, rtol=0)
+        assert_close(whole(batch, row, got)[: sample.length], want, atol=1e-4, rtol=0)
 
 
 def test_it_does_not_depend_on_what_is_scored_beside_it(model, samples, batch):
     together = token_logp(model, batch, replay=True)
     parts = list(micro_batches(samples, 150))
     assert len(parts) > 1
-    scores = score(model, [make_batch(part, model.config) for part in parts], replay=True)
-    for part, logp_BT in zip(parts, scores, strict=True):
+    batches = [make_batch(part, model.config) for part in parts]
+    for part, each, logp_BT in zip(parts, batches, score(model, batches, replay=True), strict=True):
         assert not logp_BT.requires_grad
         for row, sample in enumerate(part):
-            assert_close(logp_BT[row, : sample.length], together[samples.index(sample), : sample.length].detach())
+            want = whole(batch, samples.index(sample), together.detach())
+            assert_close(whole(each, row, logp_BT)[: sample.length], want[: sample.length])
+
+
+def test_shared_prompts_have_the_gradient_of_all_that_go_on_from_them(model, samples, batch):
+    def gradient(batches):
+        model.zero_grad()
+        sum((token_logp(model, each, replay=True) * each.outcome_B[:, None]).sum() for each in batches).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    assert len(batch.prompts_GP) < len(samples)
+    apart = gradient([make_batch([sample], model.config) for sample in samples])
+    for name, grad in gradient([batch]).items():
+        assert_close(grad, apart[name], rtol=1e-3, atol=1e-5)
 
 
 def test_the_head_is_asked_about_own_tokens_only(model, batch):
@@ -71,9 +92,13 @@ def test_the_head_is_asked_about_own_tokens_only(model, batch):
 
 def elsewhere(batch, experts=8):
     """The batch with other routes than a router would choose."""
-    shape = (*batch.routes_BSMK.shape[:3], experts)
-    routes = torch.rand(shape).topk(batch.routes_BSMK.shape[3], dim=-1).indices
-    return type(batch)(batch.tokens_BT, batch.mask_BT, batch.rollout_logp_BT, batch.outcome_B, routes)
+
+    def others(routes):
+        return torch.rand(*routes.shape[:3], experts).topk(routes.shape[3], dim=-1).indices
+
+    return dataclasses.replace(
+        batch, routes_BSMK=others(batch.routes_BSMK), prompt_routes_GPMK=others(batch.prompt_routes_GPMK)
+    )
 
 
 def test_every_replayed_expert_has_a_gradient(model, batch):
@@ -103,7 +128,7 @@ def test_a_route_that_is_not_replayed_in_its_layer_is_noticed(model, batch, monk
     """As where the dense first layer is counted among those with routes, or where they are not handed on."""
     trunk = model.trunk
     given = {"another layer's": lambda routes: routes.roll(1, dims=2), "free choice": lambda routes: None}[spoil]
-    monkeypatch.setattr(model, "trunk", lambda tokens, routes: trunk(tokens, routes=given(routes)))
+    monkeypatch.setattr(model, "trunk", lambda *args, routes, **more: trunk(*args, routes=given(routes), **more))
     with pytest.raises(AssertionError, match="replayed"):
         token_logp(model, elsewhere(batch), replay=True)
 
@@ -119,21 +144,24 @@ def test_a_teacher_routes_freely(model, batch):
 @pytest.mark.parametrize("dtype", sorted({"bf16", FEW_BITS}))
 def test_replay_keeps_the_trainer_near_the_engine(model, dtype):
     """Rollout in few bits, training in float32."""
-    samples = chats(model, count=16, dtype=dtype, max_tokens=20)
+    samples = chats(model, tasks=range(16), dtype=dtype, max_tokens=20)
     batch = make_batch(samples, model.config)
     own_BT = batch.mask_BT > 0
     engine_N = torch.tensor([r.logprobs[place] for r in (s.rollout for s in samples) for place in own_places(r)])
 
-    def differing(routes_BSMK):
-        pairs = zip(routes_BSMK.sort(-1).values, samples, strict=True)
-        return sum(int((r[: s.length - 1] != s.rollout.routes.sort(-1).values).any(-1).sum()) for r, s in pairs)
+    def differing(replay):
+        count = 0
+        for rollout in (sample.rollout for sample in samples):
+            tokens, routes = torch.tensor([rollout.tokens[: len(rollout.routes)]]), rollout.routes[None].long()
+            got = model.trunk(tokens, routes=routes if replay else None).routes
+            count += int((got.sort(-1).values != routes.sort(-1).values).any(-1).sum())
+        return count
 
     def gap(replay):
         return (token_logp(model, batch, replay=replay)[own_BT] - engine_N).abs().mean().item()
 
-    tokens_BS = batch.tokens_BT[:, :-1]
-    assert differing(model.trunk(tokens_BS).routes) > 0
-    assert differing(model.trunk(tokens_BS, routes=batch.routes_BSMK).routes) == 0
+    assert differing(replay=False) > 0
+    assert differing(replay=True) == 0
     assert gap(replay=True) < 0.8 * gap(replay=False)
 
 
