@@ -5,7 +5,9 @@ from typing import Any
 
 from mimoflash.world.arithmetic import Arithmetic
 from mimoflash.world.episode import Episode, play
+from mimoflash.world.gym import Gymnasium
 from mimoflash.world.maze import Maze
+from mimoflash.world.own_tasks import own_tasks
 from mimoflash.world.protocol import (
     Demonstration,
     Domain,
@@ -19,6 +21,7 @@ from mimoflash.world.protocol import (
     task_id,
 )
 from mimoflash.world.reasoning_gym import ReasoningGym
+from mimoflash.world.textarena import TextArena
 from mimoflash.world.tools import Tools
 
 __all__ = [
@@ -40,8 +43,11 @@ __all__ = [
 
 DOMAINS: dict[str, Callable[..., Domain]] = {
     "arithmetic": Arithmetic,
+    "file": own_tasks,
+    "gymnasium": Gymnasium,
     "maze": Maze,
     "reasoning_gym": ReasoningGym,
+    "textarena": TextArena,
     "tools": Tools,
 }
 

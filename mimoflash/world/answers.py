@@ -33,6 +33,13 @@ def last_number(text: str) -> str | None:
     return number if number == "0" else sign + number
 
 
+def same_answer(given: str, wanted: str) -> bool:
+    """Whether an answer's text says what is wanted: the same but for space around it, or, where a plain number is
+    wanted, that number as its last."""
+    given, wanted = given.strip(), wanted.strip()
+    return given == wanted or (_NUMBER.fullmatch(wanted) is not None and last_number(given) == last_number(wanted))
+
+
 def calls_of(message: Message) -> list[tuple[str, dict[str, Any]]]:
     """The message's tool calls as (name, arguments), arguments given as an object or as JSON text.
 

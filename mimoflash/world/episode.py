@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mimoflash.world.answers import content_of
+from mimoflash.world.functions import Toolbox
 from mimoflash.world.protocol import Environment, Message, Step, Tool
 
 Judge = Callable[[str], tuple[float, dict[str, Any]]]  # of an answer's content: the reward and info
@@ -61,20 +62,29 @@ def _describe(error: Exception) -> str:
 class Question:
     """The environment of a single question: one answer, judged, and the episode is over.
 
-    `ask(seed)` gives the question's text and the judge of its answer.
+    `ask(seed)` gives the question, as text or as the messages so far, and the judge of its answer. With a toolbox,
+    messages that call its tools come before the answer, as many as the player allows.
     """
 
-    def __init__(self, ask: Callable[[int], tuple[str, Judge]]) -> None:
+    def __init__(
+        self, ask: Callable[[int], tuple[str | list[Message], Judge]], toolbox: Toolbox | None = None
+    ) -> None:
         self._ask = ask
+        self._toolbox = toolbox or Toolbox()
+        self._seed = 0
         self._judge: Judge | None = None
 
     def reset(self, seed: int) -> tuple[list[Message], list[Tool]]:
-        text, self._judge = self._ask(seed)
-        return [{"role": "user", "content": text}], []
+        question, self._judge = self._ask(seed)
+        self._seed = seed
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+        return messages, self._toolbox.tools
 
     def step(self, message: Message) -> Step:
         if self._judge is None:
             raise ValueError("Question.step: no question is open; call reset(seed) first")
+        if self._toolbox.tools and (results := self._toolbox.answer(message, self._seed)):
+            return Step(results, 0.0, False, {})
         judge, self._judge = self._judge, None
         reward, info = judge(content_of(message))
         return Step([], reward, True, info)

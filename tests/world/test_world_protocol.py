@@ -80,6 +80,12 @@ def test_another_process_makes_the_same_tasks():
     assert outputs[0] == outputs[1] != b""
 
 
+def test_extras_are_imported_when_they_are_asked_for():
+    extras = {"gymnasium", "minigrid", "textarena", "reasoning_gym"}
+    code = f"import sys, mimoflash.world; print({extras} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"set()\n"
+
+
 @pytest.mark.parametrize(
     ("world", "task"),
     [
@@ -137,7 +143,7 @@ def test_a_split_without_tasks_is_an_error_and_not_an_endless_search(monkeypatch
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("chess", {}, "the domains are arithmetic, maze"),
+        ("chess", {}, "the domains are arithmetic, file, gymnasium, maze"),
         ("maze", {"size": 4}, "unexpected keyword argument 'size'"),
         ("maze", {"sizes": [4, 20]}, "whole numbers from 3 to 9"),
         ("maze", {"sizes": 4}, "give a list"),
