@@ -66,9 +66,18 @@ def _read(file: Path) -> list[tuple[Place, str]]:
 
 def _plain(rollout: Rollout) -> dict[str, Any]:
     fields = {field.name: getattr(rollout, field.name) for field in dataclasses.fields(Rollout)}
+    fields["info"] = _plain_info(rollout.info)
     routes = rollout.routes.contiguous()
     data = base64.b64encode(routes.numpy().tobytes()).decode()
     return fields | {"routes": [str(routes.dtype).removeprefix("torch."), list(routes.shape), data]}
+
+
+def _plain_info(info: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(info, default=str)
+        return info
+    except (TypeError, ValueError):  # a key that is none in JSON, or something that has itself inside
+        return {str(key): str(value) for key, value in info.items()}
 
 
 def _rollout(plain: dict[str, Any]) -> Rollout:

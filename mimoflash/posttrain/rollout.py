@@ -157,19 +157,25 @@ async def in_thread(call: Callable[..., Result], *args: Any, timeout: float | No
         future.set_result(result) if error is None else future.set_exception(error)
 
     def run() -> None:
-        result, failure = None, None
+        result: Any = None
+        failure: Exception | None = None
         try:
             result = call(*args)
         except Exception as error:
-            failure = error
+            failure = RuntimeError(repr(error)) if isinstance(error, StopIteration) else error  # no future may hold it
+        except BaseException as error:  # it would end this thread alone
+            failure = RuntimeError(repr(error))
         with suppress(RuntimeError):  # the loop has closed
             loop.call_soon_threadsafe(settle, result, failure)
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        return await asyncio.wait_for(future, timeout)
+        async with asyncio.timeout(timeout) as limit:
+            return await future
     except TimeoutError:
-        raise TimeoutError(f"no answer within {timeout} s") from None
+        if limit.expired():
+            raise TimeoutError(f"no answer within {timeout} s") from None
+        raise  # its own
 
 
 def _begin(rollout: Rollout, messages: Sequence[Message], tokenizer: Tokenizer, thinking: bool) -> None:
@@ -195,9 +201,9 @@ async def _advance(
     step = await in_thread(environment.step, message, timeout=task.timeout)
     if not math.isfinite(step.reward):
         raise ValueError(f"reward is {step.reward}")
-    rollout.reward += step.reward
+    rollout.reward += float(step.reward)
     rollout.info = dict(step.info)
-    rollout.done = step.done or output.finish_reason != "stop"  # cut off: there is no end token to go on from
+    rollout.done = bool(step.done) or output.finish_reason != "stop"  # cut off: there is no end token to go on from
     if rollout.done:
         return
     thinking = task.thinking

@@ -89,7 +89,7 @@ class DataScheduler:
         self.player, self.sources, self.steps, self.group_size, self.seed = player, sources, steps, group_size, seed
         self.max_staleness, self.partial_share, self.retries = max_staleness, partial_share, retries
         self.journal = journal
-        self.version = 0
+        self.version = self._coming = 0  # of the weights: what all have, what some may have while they are exchanged
         self.restarted = 0  # rollouts that had to begin again
         self._begun = dict.fromkeys(sources, 0)  # groups
         self._next_task = dict.fromkeys(sources, first_task)
@@ -98,17 +98,19 @@ class DataScheduler:
         self._failure: BaseException | None = None
 
     def __enter__(self) -> "DataScheduler":
-        self._background = Background().__enter__()
-        self._changed = asyncio.Event()
         self._seeds = {
             name: seeds(source.domain, "train", self._next_task[name]) for name, source in self.sources.items()
         }
+        self._changed = asyncio.Event()
+        self._background = Background().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._background.__exit__(*error)
-        if self.journal is not None:
-            self.journal.close()
+        try:
+            self._background.__exit__(*error)
+        finally:
+            if self.journal is not None:
+                self.journal.close()
 
     # -- what a training loop calls ---------------------------------------------------------------------------------
 
@@ -131,7 +133,8 @@ class DataScheduler:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Before `with`."""
-        self.version, self._begun, self._next_task = state["version"], dict(state["begun"]), dict(state["next_task"])
+        self.version = self._coming = state["version"]
+        self._begun, self._next_task = dict(state["begun"]), dict(state["next_task"])
         self._open = {
             name: [_Open(name, number, seed, version, [None] * self.group_size) for number, seed, version in groups]
             for name, groups in state["open"].items()
@@ -139,9 +142,7 @@ class DataScheduler:
 
     def forget_taken(self) -> None:
         """The journal drops what steps have had that are saved."""
-        if self.journal is not None:
-            still = {(group.source, group.number) for groups in self._open.values() for group in groups}
-            self.journal.keep(lambda place: place[:2] in still)
+        self._background.run(self._forget_taken())
 
     # -- in the background ------------------------------------------------------------------------------------------
 
@@ -154,21 +155,29 @@ class DataScheduler:
             await self._changed.wait()
         return {name: self._choose(name) for name in self.sources}
 
-    def _due(self, name: str) -> list[_Open]:
-        """Groups that would be too old for the step after this one."""
-        return [group for group in self._open[name] if group.version <= self.version - self.max_staleness]
+    def _next(self, name: str) -> list[_Open]:
+        """The next step's groups: those that were finished first, as far as the others may wait for later steps."""
+        groups, left = self._open[name], list[_Open]()
+        for group in sorted(groups, key=lambda group: (not group.is_ready, group.finished), reverse=True):
+            if len(left) < len(groups) - self.sources[name].groups and self._may_wait([*left, group]):
+                left.append(group)
+        return [group for group in groups if group not in left]
+
+    def _may_wait(self, groups: list[_Open]) -> bool:
+        """Whether the steps after the next one, each with its quota of them, find none too old."""
+        quota = self.sources[groups[0].source].groups
+        oldest_first = sorted(group.version for group in groups)
+        return all(
+            self.version + 1 + place // quota <= version + self.max_staleness
+            for place, version in enumerate(oldest_first)
+        )
 
     def _is_enough(self, name: str) -> bool:
-        ready = [group for group in self._open[name] if group.is_ready]
-        return len(ready) >= self.sources[name].groups and all(group.is_ready for group in self._due(name))
+        return all(group.is_ready for group in self._next(name))
 
     def _choose(self, name: str) -> list[Group]:
-        """Those that are due, then whichever were finished first."""
-        due = self._due(name)
-        others = [group for group in self._open[name] if group.is_ready and group not in due]
-        others.sort(key=lambda group: group.finished)
-        chosen = [*due, *others][: self.sources[name].groups]
-        assert len(due) <= len(chosen), "no more begin with one version than a step takes"
+        chosen = self._next(name)
+        assert len(chosen) == self.sources[name].groups, "no more begin with one version than the steps after it take"
         self._open[name] = [group for group in self._open[name] if group not in chosen]
         return [[rollout for rollout in group.rollouts if rollout is not None] for group in chosen]
 
@@ -207,39 +216,45 @@ class DataScheduler:
             group.rollouts[member] = rollout
             self._finished += 1
             group.finished = self._finished
-        del group.under_way[member]
+        if group.under_way.get(member) is asyncio.current_task():  # and not another one in its place
+            del group.under_way[member]
         self._changed.set()
 
     async def _played(self, group: _Open, place: Place) -> Rollout:
-        source, began = self.sources[place.source], self.version
+        source = self.sources[place.source]
         for attempt in range(1 + self.retries):
+            began = self.version
             params = own_sampling(replace(source.params, seed=self.seed), *place, attempt)
             task = Task(place.source, group.seed, params, source.max_turns, source.thinking, source.timeout,
                         source.priority)
             rollout = await self.player.play(task)
             if "error" not in rollout.info:
                 break
-        rollout.versions = (began, self.version)
+        rollout.versions = (began, self._coming)
         return rollout
 
     async def _update(self, model: Transformer) -> None:
-        await self.player.update(model)
         for name in self.sources:
-            await self._begin_again(name)
+            self._break_off(name)
+        self._coming += 1
+        await self.player.update(model)
         self.version += 1
         if self.max_staleness:
             await self._begin_more()
 
-    async def _begin_again(self, name: str) -> None:
-        """Rollouts under way of which there would be too many that several versions have sampled: the youngest."""
+    def _break_off(self, name: str) -> None:
+        """Rollouts under way of which there would be too many that several versions have sampled: the youngest. They
+        begin again with the new weights."""
         groups = self._open[name]
         room = int(self.partial_share * self.sources[name].groups * self.group_size)
         room -= sum(r is not None and r.versions[0] != r.versions[1] for group in groups for r in group.rollouts)
         going = [(group, member) for group in groups for member in group.under_way]  # in the order of their beginning
         for group, member in going[max(room, 0) :]:
-            playing = group.under_way[member]
-            playing.cancel()
-            await asyncio.wait({playing})
-            group.under_way.pop(member, None)
+            group.under_way.pop(member).cancel()
             self.restarted += 1
-            self._start(group)
+
+    async def _forget_taken(self) -> None:
+        """In the background, where rollouts are added."""
+        if self.journal is not None:
+            still = {(group.source, group.number) for groups in self._open.values() for group in groups}
+            self.journal.keep(lambda place: place[:2] in still or place.number >= self._begun[place.source])

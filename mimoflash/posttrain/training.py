@@ -13,12 +13,12 @@ from torch import Tensor
 from mimoflash.checkpoint import load_training_state, save_training_state
 from mimoflash.engine import Engine, SamplingParams
 from mimoflash.model import Transformer
-from mimoflash.posttrain.batch import RolloutBatch
+from mimoflash.posttrain.batch import RolloutBatch, Sample, filter_empty, make_batch, micro_batches
 from mimoflash.posttrain.groups import Group
 from mimoflash.posttrain.journal import Journal
-from mimoflash.posttrain.losses import Metrics
+from mimoflash.posttrain.losses import Metrics, rollout_drift
 from mimoflash.posttrain.policy import score
-from mimoflash.posttrain.rollout import tokenizer_of
+from mimoflash.posttrain.rollout import Rollout, tokenizer_of
 from mimoflash.posttrain.scheduler import DataScheduler, LocalPlayer, Player, Source
 from mimoflash.train import LossOutput, Trainer
 from mimoflash.train.monitor import Monitor
@@ -50,7 +50,8 @@ class RolloutSettings:
 
     Rollouts are drawn at `temperature` 1 from the whole vocabulary: there the policy that samples is the one trained.
     `max_staleness`, `partial_share`: see DataScheduler; above 0, rollouts go on while a step is taken.
-    `sources`: what is different for a domain. The state is saved every `save_every` steps.
+    `sources`: what is different for a domain. The state is saved every `save_every` steps. Every `drift_every` steps
+    (0: never) it is measured how far trainer and engine would be apart without the replay of routes.
     """
 
     steps: int
@@ -72,13 +73,15 @@ class RolloutSettings:
     partial_share: float = 1.0
     first_task: int = 0
     save_every: int = 10
+    drift_every: int = 0
     sources: Mapping[str, SourceSettings] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_least(self, 1, "steps", "groups", "group_size", "updates", "max_tokens", "max_turns", "micro_tokens")
         check_least(self, 1, "save_every")
-        check_least(self, 0, "warmup", "tokens", "retries", "mtp_weight", "max_staleness", "first_task", "seed")
+        check_least(self, 0, "warmup", "tokens", "retries", "mtp_weight", "max_staleness", "drift_every", "first_task")
+        check_least(self, 0, "seed")
         for name in ("lr", "temperature", "timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
@@ -127,19 +130,23 @@ class Training:
         self._monitor: Monitor | None = None
 
     def __enter__(self) -> "Training":
-        self._stack = ExitStack()
         self._load()
-        if self.folder is not None:
-            monitor = Monitor(
-                self.folder, self.folder.name, self.settings.steps, first_step=self._step, done=self._step
-            )
-            self._monitor = self._stack.enter_context(monitor)
-        self._stack.enter_context(self.scheduler)
-        self.scheduler.begin(self.model)
+        with ExitStack() as stack:
+            stack.callback(self._hand_over)
+            if self.folder is not None:
+                monitor = Monitor(
+                    self.folder, self.folder.name, self.settings.steps, first_step=self._step, done=self._step
+                )
+                self._monitor = stack.enter_context(monitor)
+            stack.enter_context(self.scheduler)
+            self.scheduler.begin(self.model)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
+
+    def _hand_over(self) -> None:
         if self.model is not self.engine.model:
             self.engine.update_weights(self.model.state_dict())
 
@@ -164,6 +171,8 @@ class Training:
         self.tokens += sum(end - start for rollout in rollouts for start, end in rollout.turns)
         ages = [max(self.scheduler.version - rollout.versions[0], 0) for rollout in rollouts]
         self._metrics = {"seconds/rollouts": time.monotonic() - begin}
+        if self.settings.drift_every and self._step % self.settings.drift_every == 0:
+            self._metrics |= self._free_drift(rollouts)
         if self.settings.max_staleness:
             several = sum(rollout.versions[0] != rollout.versions[1] for rollout in rollouts)
             self._metrics |= {
@@ -171,6 +180,17 @@ class Training:
                 "partial/restarted": float(self.scheduler.restarted),
             }
         return taken
+
+    def _free_drift(self, rollouts: Sequence[Rollout]) -> Metrics:
+        """What the drift from the rollout engine would be, did the trainer choose its own experts."""
+        samples = [Sample(rollout, 0.0) for rollout in filter_empty(rollouts)]
+        part = next(micro_batches(samples, self.settings.micro_tokens), None)
+        if part is None:
+            return {}
+        batch = make_batch(part, self.model.config, self.model.lm_head.weight.device)
+        (logp_BT,) = score(self.model, [batch], replay=False)
+        drift = rollout_drift(logp_BT, batch.rollout_logp_BT, batch.mask_BT)
+        return {f"{name}/without_replay": value for name, value in drift.items()}
 
     def update(
         self, parts: Sequence[Sequence[Item]], loss_fn: Callable[[Transformer, Item], LossOutput], metrics: Metrics
