@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -14,10 +13,13 @@ from torch import Tensor
 
 from mimoflash.engine import Engine, Output, SamplingParams
 from mimoflash.posttrain.background import Background
+from mimoflash.posttrain.threads import Threads
 from mimoflash.text import Tokenizer, parse_chat, render_chat
 from mimoflash.world import Domain, Environment, Message, Tool
 
 Result = TypeVar("Result")
+
+_threads = Threads()  # environments'
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def own_sampling(params: SamplingParams, *place: int | str) -> SamplingParams:
 
 
 async def in_thread(call: Callable[..., Result], *args: Any, timeout: float | None) -> Result:
-    """In a thread of its own, which may hang without keeping the process from its end. Raises TimeoutError."""
+    """In another thread, which may hang without keeping the process from its end. Raises TimeoutError."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Result] = loop.create_future()
 
@@ -168,7 +170,7 @@ async def in_thread(call: Callable[..., Result], *args: Any, timeout: float | No
         with suppress(RuntimeError):  # the loop has closed
             loop.call_soon_threadsafe(settle, result, failure)
 
-    threading.Thread(target=run, daemon=True).start()
+    _threads.start(run)
     try:
         async with asyncio.timeout(timeout) as limit:
             return await future
