@@ -59,8 +59,8 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Where the run is kept; runs/NAME if not given.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run that is there.")] = False,
 ) -> None:
-    """Run a recipe's stages in order: demo (tokenizer, pretrain, sft, evaluate), smol-mtp (generate, first, mtp,
-    evaluate)."""
+    """Run a recipe's stages in order: demo (tokenizer, pretrain, sft, teachers, mopd, rivals, evaluate), smol-mtp
+    (generate, first, mtp, evaluate)."""
     _run(recipe, out or Path("runs") / Path(recipe).stem, only=only, changes=change or [], resume=resume)
 
 
@@ -73,6 +73,19 @@ def _run(recipe: str, out: Path, *, only: str | None, changes: list[str], resume
         for file in ("summary.json", "report.html"):
             if (out / file).exists():
                 typer.echo(str(out / file))
+
+
+@app.command()
+def coevolve(
+    folder: Annotated[Path, typer.Argument(help="A finished run with teachers and MOPD.", metavar="RUN")],
+    rounds: Annotated[int, typer.Option(help="At most so many.", min=1)] = 3,
+) -> None:
+    """Let a run's student become its teachers' start and distil it again, round by round, as long as it gains."""
+    with _user_errors():
+        from mimoflash.run import coevolve as coevolve_run
+
+        coevolve_run(folder, rounds, say=typer.echo)
+        typer.echo(f"\ntalk to it: mimoflash chat {folder}")
 
 
 @app.command()

@@ -74,11 +74,15 @@ def _find(name: str) -> tuple[Path, Path | None]:
     recipe = folder / "recipe.json"
     if name == "smol" or not recipe.exists():
         return resolve(name), None
-    trunk = json.loads(recipe.read_text())["model"]
-    if isinstance(trunk, str):  # the run makes MTP layers for it
-        if Path(trunk).resolve() == folder.resolve():
-            raise ValueError(f"{folder} is a run for MTP layers of itself: its recipe's model has to be another")
+    described = json.loads(recipe.read_text())
+    trunk = described["model"]
+    if isinstance(trunk, str) and Path(trunk).resolve() == folder.resolve():
+        raise ValueError(f"{folder} is a run about itself: its recipe's model has to be another")
+    if isinstance(trunk, str) and "teachers" not in described:  # the run makes MTP layers for it
         return find_model(trunk), _newest(folder, "mtp", "first") / HEADS
+    evolved = folder / "coevolve" / "done.json"
+    if evolved.exists():
+        return folder / json.loads(evolved.read_text())["best"], None
     return _newest(folder, "mopd", "sft", "pretrain") / "model", None
 
 

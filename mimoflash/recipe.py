@@ -1,6 +1,7 @@
 """A recipe: what a run makes, from a TOML file, checked before anything starts.
 
-There are two kinds: a model from nothing (`Recipe`), and MTP layers for a model that is there (`HeadsRecipe`).
+There are three kinds: a model from nothing (`Recipe`), post-training of one that is there (`PostTrainingRecipe`), and
+MTP layers for one that is there (`HeadsRecipe`).
 """
 
 import tomllib
@@ -100,6 +101,7 @@ class Recipe(BaseModel):
         for later in ("mopd", "rivals"):
             if getattr(self, later) is not None and not self.teachers:
                 raise ValueError(f"{later} needs teachers: describe one for each domain, as [teachers.arithmetic]")
+        _check_sources(self)
         for stage in ("pretrain", "sft"):
             unknown = sorted(set(getattr(self, stage).mixture) - set(self.sources))
             if unknown:
@@ -118,6 +120,41 @@ class Recipe(BaseModel):
             if isinstance(source, DomainSource) and source.domain not in found:
                 found[source.domain] = domain(source.domain, **source.options)
         return found
+
+
+class TaskSettings(BaseModel):
+    """A domain of the world (`file` for tasks of one's own) with its options."""
+
+    model_config = _STRICT
+    domain: str
+    options: dict[str, Any] = {}
+
+
+class PostTrainingRecipe(BaseModel):
+    """Teachers and MOPD for `model` (a name, a folder or a .gguf file, as for chat), in the domains of `tasks`, each
+    with a teacher."""
+
+    model_config = _STRICT
+    name: str
+    seed: int = 0
+    model: str
+    tasks: dict[str, TaskSettings]
+    rollouts: EngineSettings = EngineSettings()
+    teachers: dict[str, GRPOSettings]
+    mopd: MOPDSettings | None = None
+    rivals: RivalSettings | None = None
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        if unlike := sorted(self.teachers.keys() ^ self.tasks.keys()):
+            raise ValueError(f"{unlike[0]} is in one of tasks and teachers only: each domain has a teacher")
+        _check_sources(self)
+        self.domains()
+        return self
+
+    def domains(self) -> dict[str, Domain]:
+        return {name: domain(each.domain, **each.options) for name, each in self.tasks.items()}
 
 
 class DraftSettings(BaseModel):
@@ -148,10 +185,22 @@ class HeadsRecipe(BaseModel):
         return self
 
 
-def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe | HeadsRecipe:
+def _check_sources(recipe: Recipe | PostTrainingRecipe) -> None:
+    """What is different for a domain is so for one that is there."""
+    rivals = {f"rivals.{name}": value for name, value in recipe.rivals or ()}
+    for where, settings in {"mopd": recipe.mopd, **rivals}.items():
+        unknown = sorted(getattr(settings, "sources", {}).keys() - (recipe.teachers or {}).keys())
+        if unknown:
+            raise ValueError(f"{where}.sources names {unknown[0]}, which has no teacher")
+
+
+AnyRecipe = Recipe | PostTrainingRecipe | HeadsRecipe
+
+
+def load_recipe(path: str | Path, changes: list[str] | None = None) -> AnyRecipe:
     """Reads a recipe (a .toml file, or the name of one that the package has) with `key=value` changes, where a key is
-    dotted (`pretrain.tokens=1000`). Whoever names a model wants heads for it; `[model]` describes a new one. Raises
-    ValueError naming file and key."""
+    dotted (`pretrain.tokens=1000`). `[model]` describes a new one; who names a model wants it post-trained if there are
+    `teachers`, else MTP layers for it. Raises ValueError naming file and key."""
     file = Path(path)
     if not file.suffix and not file.exists():
         file = RECIPES / f"{path}.toml"
@@ -171,10 +220,16 @@ def load_recipe(path: str | Path, changes: list[str] | None = None) -> Recipe | 
         if isinstance(source, dict):
             source["name"] = name
     try:
-        return (HeadsRecipe if isinstance(raw.get("model"), str) else Recipe).model_validate(raw)
+        return _kind(raw).model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{file}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+
+
+def _kind(raw: dict[str, Any]) -> type[AnyRecipe]:
+    if not isinstance(raw.get("model"), str):
+        return Recipe
+    return PostTrainingRecipe if "teachers" in raw else HeadsRecipe
 
 
 def _set(raw: dict[str, Any], change: str) -> None:

@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 
-from mimoflash.recipe import HeadsRecipe, Recipe
+from mimoflash.recipe import AnyRecipe, HeadsRecipe, PostTrainingRecipe, Recipe
 from mimoflash.report import write_report
 from mimoflash.run_folder import Run, Say, write_json
 from mimoflash.stages import stages_of
+from mimoflash.stages.coevolution import coevolve as evolve
 from mimoflash.train.monitor import matmul_peak
+
+_SERVES = {"rollouts": "teachers"}  # a part of the recipe that is no stage, and the first stage that needs it
 
 
 def run(
-    recipe: Recipe | HeadsRecipe, out: str | Path, *, only: str | None = None, resume: bool = False, say: Say = print
+    recipe: AnyRecipe, out: str | Path, *, only: str | None = None, resume: bool = False, say: Say = print
 ) -> Path:
     """Runs the stages (or `only` one) into the folder `out` and writes summary.json there, of a new model report.html.
 
@@ -37,13 +40,27 @@ def run(
         result = stages[stage](this, say)
         this.finish(stage, {"seconds": time.monotonic() - begin} | result)
         write_json(this.out / "summary.json", summary(this))
-        if isinstance(recipe, Recipe):
+        if not isinstance(recipe, HeadsRecipe):
             write_report(this.out)
         say(f"{stage}: {time.monotonic() - begin:.0f} s")
     return this.out
 
 
-def open_run(recipe: Recipe | HeadsRecipe, out: Path, resume: bool) -> Run[Any]:
+def coevolve(out: Path, rounds: int, *, say: Say = print) -> dict[str, Any]:
+    """Co-evolution of the finished run in `out`: see stages/coevolution.py. Goes on with rounds that are there. Raises
+    ValueError where there is no such run."""
+    file = out / "recipe.json"
+    if not file.exists():
+        raise ValueError(f"{out} holds no run: give the folder of one that has come to its student")
+    described = json.loads(file.read_text())
+    if not described.get("mopd"):
+        raise ValueError(f"{out}: its recipe has no [mopd], so there is no student to go on with")
+    kind = PostTrainingRecipe if isinstance(described["model"], str) else Recipe
+    recipe = kind.model_validate(described)
+    return evolve(Run(recipe, out), rounds, say)
+
+
+def open_run(recipe: AnyRecipe, out: Path, resume: bool) -> Run[Any]:
     """The run in `out`, begun if there is none."""
     described = json.loads(recipe.model_dump_json())
     file = out / "recipe.json"
@@ -53,7 +70,8 @@ def open_run(recipe: Recipe | HeadsRecipe, out: Path, resume: bool) -> Run[Any]:
         stored = json.loads(file.read_text())
         if stored != described:
             changed = sorted(key for key in stored | described if stored.get(key) != described.get(key))
-            begun = [key for key in changed if key not in stages_of(recipe) or (out / key).exists()]
+            stages = stages_of(recipe)
+            begun = [key for key in changed if (out / _SERVES.get(key, key)).exists() or key not in (*stages, *_SERVES)]
             if begun:
                 raise ValueError(f"{out} holds a run of another recipe ({begun[0]} differs): give another --out")
             write_json(file, described)  # what differs are stages that have not begun
@@ -83,5 +101,5 @@ def summary(this: Run[Any]) -> dict[str, Any]:
         whole["parameters"] = result["parameters"]
         whole.setdefault("tokens", {})[stage] = result["training"]["tokens"]
         whole.setdefault("held_out", {})[stage] = result["training"]["held_out"]
-    known = ("domains", "accept_length", "accepted")
+    known = ("domains", "mopd", "accept_length", "accept_lengths", "accepted")
     return whole | {key: value for key, value in results.get("evaluate", {}).items() if key in known}

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mimoflash.data import Prepared, open_prepared
-from mimoflash.recipe import HeadsRecipe, Recipe
+from mimoflash.models import find_model
+from mimoflash.recipe import HeadsRecipe, PostTrainingRecipe, Recipe
 from mimoflash.text import Tokenizer, load_tokenizer
 
-Kind = TypeVar("Kind", Recipe, HeadsRecipe)
+Kind = TypeVar("Kind", bound=Recipe | PostTrainingRecipe | HeadsRecipe, covariant=True)
 Say = Callable[[str], None]
 
 
@@ -25,7 +26,14 @@ class Run(Generic[Kind]):
     out: Path
 
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.out / "tokenizer")
+        """The run's own, or that of the model that it is about."""
+        model = self.recipe.model
+        return load_tokenizer(find_model(model) if isinstance(model, str) else self.out / "tokenizer")
+
+    def start(self) -> Path:
+        """The model that post-training begins with."""
+        model = self.recipe.model
+        return find_model(model) if isinstance(model, str) else self.done("sft") / "model"
 
     def data(self) -> Prepared:
         """The shards that the tokenizer stage prepared, verified. Raises ValueError if they are other ones by now."""
@@ -60,7 +68,11 @@ class Run(Generic[Kind]):
 
     def finish(self, stage: str, result: dict[str, Any]) -> None:
         write_json(self.out / stage / "done.json", result)
-        shutil.rmtree(self.out / stage / "states", ignore_errors=True)  # only now: a kill before goes on from them
+        for states in list((self.out / stage).rglob("states")):  # only now: a kill before goes on from them
+            shutil.rmtree(states)
+
+
+TrainingRun = Run[Recipe | PostTrainingRecipe]  # one with teachers
 
 
 def write_json(file: Path, value: Any) -> None:

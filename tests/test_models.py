@@ -31,7 +31,7 @@ def test_smol_is_the_embedded_model_whatever_lies_here(tmp_path, monkeypatch):
 
 def test_a_run_is_not_the_trunk_of_its_own_layers(tmp_path):
     _begin_run(tmp_path / "run", str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="MTP layers of itself"):
+    with pytest.raises(ValueError, match="run about itself"):
         find_model(str(tmp_path / "run"))
 
 

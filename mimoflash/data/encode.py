@@ -64,7 +64,11 @@ class Encoder:
             mask = [True] * len(ids)
         else:
             try:
-                ids, mask = encode_training_chat(tokenizer, document.messages, document.tools)
+                # who could have thought writes that it has not; where thinking is off, that stands in the prompt
+                thinks = any("reasoning_content" in message for message in document.messages)
+                ids, mask = encode_training_chat(
+                    tokenizer, document.messages, document.tools, enable_thinking=thinks
+                )
             except ValueError as error:
                 raise ValueError(f"{document.where}: {error}") from None
         if isinstance(source, DomainSource):

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow
 import pyarrow.parquet
@@ -94,11 +94,15 @@ class StdlibSource:
         _check_positive(self, "document_characters", "max_bytes")
 
 
+Style = Literal["thinking", "non_thinking", "hasty"]
+
+
 @dataclass(frozen=True)
 class DomainSource:
     """The demonstrations of seeds 0 .. count of a domain; the world decides which tasks are held out (about a tenth).
 
-    `reasoning=False` makes non-thinking samples of them.
+    `style`: "thinking" has the reasoning; "non_thinking" has none, for when thinking is off; "hasty" gives the last
+    answer at once although thinking is on, as people do, which a teacher may unlearn.
     """
 
     name: str
@@ -106,10 +110,12 @@ class DomainSource:
     count: int
     kind: Literal["domain"] = "domain"
     options: Mapping[str, Any] = field(default_factory=dict)
-    reasoning: bool = True
+    style: Style = "thinking"
 
     def __post_init__(self) -> None:
         _check_positive(self, "count")
+        if self.style not in get_args(Style):
+            raise ValueError(f"source {self.name!r}: style is {self.style!r}; there are {', '.join(get_args(Style))}")
 
 
 def _check_positive(source: "Source", *names: str) -> None:
@@ -157,8 +163,10 @@ def domain_documents(source: DomainSource, seeds: Sequence[int]) -> Iterator[Doc
     tasks = domain(source.domain, **source.options)
     for seed in seeds:
         demonstration = tasks.demonstration(seed)
-        if not source.reasoning:
+        if source.style == "non_thinking":
             demonstration = demonstration.without_reasoning()
+        elif source.style == "hasty":
+            demonstration = demonstration.hasty()
         yield Document(
             source.name, f"{source.domain}, seed {seed}", messages=demonstration.messages, tools=demonstration.tools
         )

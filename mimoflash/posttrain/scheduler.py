@@ -14,6 +14,7 @@ from mimoflash.model import Transformer
 from mimoflash.posttrain.background import Background
 from mimoflash.posttrain.journal import Journal, Place
 from mimoflash.posttrain.rollout import Rollout, Task, in_thread, own_sampling, play
+from mimoflash.train import merged_state
 from mimoflash.world import Domain, seeds
 
 Group = list[Rollout]  # of one task
@@ -52,7 +53,7 @@ class LocalPlayer:
         return await play(self.engine, self.domains[task.domain], task)
 
     async def update(self, model: Transformer) -> None:
-        self.engine.update_weights(None if model is self.engine.model else model.state_dict())
+        self.engine.update_weights(None if model is self.engine.model else merged_state(model))
 
 
 @dataclass

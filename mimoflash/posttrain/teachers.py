@@ -12,7 +12,7 @@ from requests.adapters import HTTPAdapter
 from torch import Tensor
 from urllib3.util import Retry
 
-from mimoflash.checkpoint import load_model
+from mimoflash.checkpoint import load_model, swap_in
 from mimoflash.config import ModelConfig
 from mimoflash.engine import Engine
 from mimoflash.model import Transformer
@@ -74,30 +74,36 @@ class ModelTeacher:
 
 
 class StoredTeacher:
-    """A model in a folder, loaded into memory when it is asked and given up for the next one: whatever their number,
-    one is held at a time. `shelf` is what they share."""
+    """A model in a folder, or what a file says is different from it (`delta`, see checkpoint.save_delta), taken into
+    memory when it is asked: whatever their number, one is held at a time. `shelf` is what they share."""
 
-    def __init__(self, folder: Path, shelf: "Shelf"):
-        self.folder, self.shelf = folder, shelf
+    def __init__(self, folder: Path, shelf: "Shelf", delta: Path | None = None):
+        self.folder, self.shelf, self.delta = folder, shelf, delta
         self.tokenizer = load_tokenizer(folder)
         self.config = ModelConfig.load(folder)
 
     def score(self, batches: Sequence[RolloutBatch], top: int) -> list[Scores]:
-        return ModelTeacher(self.shelf.take(self.folder), self.tokenizer).score(batches, top)
+        return ModelTeacher(self.shelf.take(self.folder, self.delta), self.tokenizer).score(batches, top)
 
 
 class Shelf:
-    """Room for one model."""
+    """Room for one model, whose memory takes the weights of each in turn."""
 
     def __init__(self, dtype: str = "float32", device: str = "cpu"):
         self._dtype, self._device = dtype, device
-        self._held: tuple[Path, Transformer] | None = None
+        self._model: Transformer | None = None
+        self._held: tuple[Path, Path | None] | None = None
 
-    def take(self, folder: Path) -> Transformer:
-        if self._held is None or self._held[0] != folder:
-            self._held = None  # before the next one comes
-            self._held = folder, load_model(folder, dtype=self._dtype, device=self._device)
-        return self._held[1]
+    def take(self, folder: Path, delta: Path | None = None) -> Transformer:
+        """Raises ValueError as `load_model` and `load_delta` do."""
+        if self._model is None or self._model.config != ModelConfig.load(folder):
+            self._model = None  # before the next one comes
+            self._model, self._held = load_model(folder, dtype=self._dtype, device=self._device), (folder, None)
+        if self._held != (folder, delta):
+            self._held = None  # until it is whole
+            swap_in(self._model, folder, delta)
+            self._held = folder, delta
+        return self._model
 
 
 class RemoteTeacher:

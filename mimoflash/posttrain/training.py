@@ -20,7 +20,7 @@ from mimoflash.posttrain.losses import Metrics, rollout_drift
 from mimoflash.posttrain.policy import score
 from mimoflash.posttrain.rollout import Rollout, tokenizer_of
 from mimoflash.posttrain.scheduler import DataScheduler, LocalPlayer, Player, Source
-from mimoflash.train import LossOutput, Trainer
+from mimoflash.train import LossOutput, Trainer, add_lora, merge_lora, save_lora
 from mimoflash.train.monitor import Monitor
 from mimoflash.train.settings import check_least
 from mimoflash.world import Domain
@@ -50,6 +50,7 @@ class RolloutSettings:
 
     Rollouts are drawn at `temperature` 1 from the whole vocabulary: there the policy that samples is the one trained.
     `max_staleness`, `partial_share`: see DataScheduler; above 0, rollouts go on while a step is taken.
+    `lora_rank`: above 0, low-rank adapters are trained, and merged at the end; a rate ten times as high suits them.
     `sources`: what is different for a domain. The state is saved every `save_every` steps. Every `drift_every` steps
     (0: never) it is measured how far trainer and engine would be apart without the replay of routes.
     """
@@ -69,6 +70,7 @@ class RolloutSettings:
     retries: int = 0
     micro_tokens: int = 8192
     mtp_weight: float = 0.0
+    lora_rank: int = 0
     max_staleness: int = 0
     partial_share: float = 1.0
     first_task: int = 0
@@ -81,7 +83,9 @@ class RolloutSettings:
         check_least(self, 1, "steps", "groups", "group_size", "updates", "max_tokens", "max_turns", "micro_tokens")
         check_least(self, 1, "save_every")
         check_least(self, 0, "warmup", "tokens", "retries", "mtp_weight", "max_staleness", "drift_every", "first_task")
-        check_least(self, 0, "seed")
+        check_least(self, 0, "lora_rank", "seed")
+        if self.lora_rank and self.mtp_weight:
+            raise ValueError(f"mtp_weight is {self.mtp_weight}: beside adapters (lora_rank) MTP layers stay, give 0")
         for name in ("lr", "temperature", "timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
@@ -117,6 +121,8 @@ class Training:
         # while rollouts go on, their weights must stay as they are
         apart = settings.max_staleness > 0
         self.model = copy.deepcopy(engine.model) if apart else engine.model
+        if settings.lora_rank:
+            add_lora(self.model, settings.lora_rank)
         self.trainer = make_trainer(self.model)
         self.scheduler = DataScheduler(
             player or LocalPlayer(engine, domains),
@@ -147,8 +153,12 @@ class Training:
         self._stack.__exit__(*error)
 
     def _hand_over(self) -> None:
-        if self.model is not self.engine.model:
-            self.engine.update_weights(self.model.state_dict())
+        """The engine's model is a plain one with the newest weights."""
+        if self.settings.lora_rank:
+            if self.folder is not None:
+                save_lora(self.model, self.folder / "lora.safetensors")
+            merge_lora(self.model)
+        self.engine.update_weights(None if self.model is self.engine.model else self.model.state_dict())
 
     def __iter__(self) -> Iterator[int]:
         """The numbers of the steps, from 1 on."""

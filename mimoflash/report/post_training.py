@@ -52,7 +52,8 @@ def plots(found: Found) -> Iterator[Plot]:
         _over_steps(axes, lines, "mopd/reverse_kl", PURPLE, "student to its teachers")
         yield from _finished("Reverse KL", "How far the student is from the teacher of each task.", figure, axes)
         figure, axes = _axes("step", "nats a token")
-        axes.set_yscale("log")
+        if all(line[KL] > 0 for line in lines if KL in line):
+            axes.set_yscale("log")
         _over_steps(axes, lines, KL, PURPLE, "routes replayed")
         _over_steps(axes, lines, f"{KL}/without_replay", RED, "routed anew")
         note = "KL between what the rollout engine sampled from and what the trainer computes of it."

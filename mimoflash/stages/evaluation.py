@@ -11,11 +11,11 @@ from mimoflash.model import Transformer
 from mimoflash.models import DEVICE
 from mimoflash.posttrain import Rollout, play_tasks
 from mimoflash.recipe import EvaluateSettings, Recipe
-from mimoflash.run_folder import Run, Say, write_json
+from mimoflash.run_folder import Say, TrainingRun, write_json
 from mimoflash.world import Domain, seeds
 
 
-def evaluate(this: Run[Recipe], say: Say) -> dict[str, Any]:
+def evaluate(this: TrainingRun, say: Say) -> dict[str, Any]:
     """Held-out tasks of each domain: pass rates by domain and model, and what the MTP layers gain."""
     settings, domains = this.recipe.evaluate, this.recipe.domains()
     rates: dict[str, dict[str, float]] = {name: {"chance": domain.chance} for name, domain in domains.items()}
@@ -53,9 +53,11 @@ def recovered(rates: dict[str, dict[str, float]]) -> float | None:
     return sum(row["student"] - row["sft"] for row in taught) / gained if gained > 0 else None
 
 
-def _models(this: Run[Recipe]) -> list[tuple[str, Path, list[str]]]:
+def _models(this: TrainingRun) -> list[tuple[str, Path, list[str]]]:
     """(kind, folder, domains: all if empty) of what the run has made."""
-    found = [(stage, this.done(stage) / "model", list[str]()) for stage in ("pretrain", "sft")]
+    found = [("sft", this.start(), list[str]())]
+    if isinstance(this.recipe, Recipe):
+        found.insert(0, ("pretrain", this.done("pretrain") / "model", []))
     if this.recipe.teachers is not None:
         folder = this.done("teachers")
         found += [("teacher", folder / name / "model", [name]) for name in this.recipe.teachers]

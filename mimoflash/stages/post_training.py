@@ -14,75 +14,72 @@ from mimoflash.engine import Engine
 from mimoflash.models import DEVICE
 from mimoflash.posttrain import RolloutSettings, Shelf, StoredTeacher, train_grpo, train_mopd
 from mimoflash.posttrain.rivals import cascade_rl, merge_parameters, off_policy_finetune
-from mimoflash.recipe import Recipe
-from mimoflash.run_folder import Run, Say, write_json
+from mimoflash.run_folder import Say, TrainingRun, write_json
 from mimoflash.train.monitor import read_metrics
 from mimoflash.world import Domain
 
 Settings = TypeVar("Settings", bound=RolloutSettings)
 
 
-def teachers(this: Run[Recipe], say: Say) -> dict[str, Any]:
+def teachers(this: TrainingRun, say: Say) -> dict[str, Any]:
     assert this.recipe.teachers is not None
-    return {
-        "teachers": {
-            name: _trained(this, this.out / "teachers" / name, settings, _grpo(this, [name]), say)
-            for name, settings in this.recipe.teachers.items()
-        }
-    }
+    start = this.start()
+    found = {name: taught(this, this.out / "teachers" / name, name, start, say) for name in this.recipe.teachers}
+    return {"teachers": found}
 
 
-def mopd(this: Run[Recipe], say: Say) -> dict[str, Any]:
-    settings = this.recipe.mopd
-    assert settings is not None
-    shelf, folder = Shelf(device=DEVICE), this.done("teachers")
-    domains = _domains(this)
-    known = {name: StoredTeacher(folder / name / "model", shelf) for name in domains}
-
-    def distil(engine: Engine, settings: Any, place: Path) -> None:
-        train_mopd(engine, domains, known, settings, folder=place)
-
-    return _trained(this, this.out / "mopd", settings, distil, say)
+def mopd(this: TrainingRun, say: Say) -> dict[str, Any]:
+    return distilled(this, this.out / "mopd", this.done("teachers"), this.start(), say)
 
 
-def rivals(this: Run[Recipe], say: Say) -> dict[str, Any]:
+def taught(this: TrainingRun, folder: Path, name: str, start: Path, say: Say) -> dict[str, Any]:
+    """The teacher of the domain `name`, made of the model in `start`."""
+    assert this.recipe.teachers is not None
+    return _trained(this, folder, start, this.recipe.teachers[name], _grpo(this, [name]), say)
+
+
+def distilled(this: TrainingRun, folder: Path, teachers: Path, start: Path, say: Say) -> dict[str, Any]:
+    """The student, made of the model in `start` by those in the folders of `teachers`."""
+    assert this.recipe.mopd is not None
+    return _trained(this, folder, start, this.recipe.mopd, _mopd(this, teachers), say)
+
+
+def rivals(this: TrainingRun, say: Say) -> dict[str, Any]:
     """Each of those that the recipe names, from the same fine-tuned model."""
     asked = this.recipe.rivals
     assert asked is not None
-    domains, taught, folder = _domains(this), this.done("teachers"), this.out / "rivals"
+    domains, start, folder = _domains(this), this.start(), this.out / "rivals"
+    places = {name: this.done("teachers") / name / "model" for name in domains}
 
     def cascade(engine: Engine, settings: Any, place: Path) -> None:
         cascade_rl(engine, domains, settings, folder=place)
 
     def off_policy(engine: Engine, settings: Any, place: Path) -> None:
-        engines = {name: _engine(this, taught / name / "model") for name in domains}
+        engines = {name: engine_of(this, model) for name, model in places.items()}
         off_policy_finetune(engine, domains, engines, settings, folder=place)
 
-    def naive(engine: Engine, settings: Any, place: Path) -> None:
-        known = {name: StoredTeacher(taught / name / "model", Shelf(device=DEVICE)) for name in domains}
-        train_mopd(engine, domains, known, settings, folder=place)
-
-    how = {"mix_rl": _grpo(this, list(domains)), "cascade_rl": cascade, "off_policy": off_policy, "naive_mopd": naive}
+    how = {
+        "mix_rl": _grpo(this, list(domains)), "cascade_rl": cascade, "off_policy": off_policy,
+        "naive_mopd": _mopd(this, this.done("teachers")),
+    }
     found = {
-        name: _trained(this, folder / name, settings, how[name], say)
+        name: _trained(this, folder / name, start, settings, how[name], say)
         for name in how
         if (settings := getattr(asked, name)) is not None
     }
     if asked.param_merge:
-        engine = _engine(this, this.done("sft") / "model")
-        merge_parameters(
-            engine, [load_model(taught / name / "model", dtype="float32", device=DEVICE) for name in domains]
-        )
+        engine = engine_of(this, start)
+        merge_parameters(engine, [load_model(model, dtype="float32", device=DEVICE) for model in places.values()])
         save_model(engine.model, folder / "param_merge" / "model", dtype="float32", tokenizer=this.tokenizer())
     return {"rivals": found}
 
 
-def _domains(this: Run[Recipe]) -> dict[str, Domain]:
+def _domains(this: TrainingRun) -> dict[str, Domain]:
     """Those that have a teacher."""
     return {name: domain for name, domain in this.recipe.domains().items() if name in (this.recipe.teachers or {})}
 
 
-def _grpo(this: Run[Recipe], names: list[str]) -> Callable[[Engine, Any, Path], None]:
+def _grpo(this: TrainingRun, names: list[str]) -> Callable[[Engine, Any, Path], None]:
     domains = {name: this.recipe.domains()[name] for name in names}
 
     def train(engine: Engine, settings: Any, place: Path) -> None:
@@ -91,14 +88,25 @@ def _grpo(this: Run[Recipe], names: list[str]) -> Callable[[Engine, Any, Path], 
     return train
 
 
+def _mopd(this: TrainingRun, teachers: Path) -> Callable[[Engine, Any, Path], None]:
+    domains, shelf = _domains(this), Shelf(device=DEVICE)
+
+    def train(engine: Engine, settings: Any, place: Path) -> None:
+        known = {name: StoredTeacher(teachers / name / "model", shelf) for name in domains}
+        train_mopd(engine, domains, known, settings, folder=place)
+
+    return train
+
+
 def _trained(
-    this: Run[Recipe], folder: Path, settings: Settings, train: Callable[[Engine, Settings, Path], None], say: Say
+    this: TrainingRun, folder: Path, start: Path, settings: Settings, train: Callable[[Engine, Settings, Path], None],
+    say: Say,
 ) -> dict[str, Any]:
-    """The fine-tuned model trained on, kept in `folder`; how it went."""
+    """The model in `start` trained on, kept in `folder`; how it went."""
     if (known := this.result(str(folder.relative_to(this.out)))) is not None:
         return known
     torch.manual_seed(this.recipe.seed)
-    engine = _engine(this, this.done("sft") / "model")
+    engine = engine_of(this, start)
     train(engine, replace(settings, seed=settings.seed + this.recipe.seed), folder)
     save_model(engine.model, folder / "model", dtype="float32", tokenizer=this.tokenizer())
     lasts = [list(read_metrics(file))[-1] for file in folder.rglob("metrics.jsonl")]  # several of a cascade
@@ -106,11 +114,13 @@ def _trained(
     say(f"  {folder.name}: {result['steps']} steps, {result['tokens']:,} tokens sampled")
     if folder.parent != this.out:  # else it is a stage, which the run finishes
         write_json(folder / "done.json", result)
-        shutil.rmtree(folder / "states", ignore_errors=True)
+        for states in list(folder.rglob("states")):
+            shutil.rmtree(states)
     return result
 
 
-def _engine(this: Run[Recipe], folder: Path) -> Engine:
+def engine_of(this: TrainingRun, folder: Path) -> Engine:
+    """Plays rollouts with the model in `folder`, and is trained with it."""
     asked = this.recipe.rollouts
     model = load_model(folder, dtype="float32", device=DEVICE)
     return Engine(model, this.tokenizer(), dtype=asked.dtype, max_running=asked.max_running, share_prefixes=True)

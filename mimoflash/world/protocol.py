@@ -8,7 +8,7 @@ and tool calls in OpenAI's form and knows no model.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, takewhile
 from typing import Any, Literal, Protocol
 
 Message = dict[str, Any]  # {"role", "content", "reasoning_content"?, "tool_calls"?}
@@ -40,6 +40,13 @@ class Demonstration:
         """The same episode as a non-thinking sample."""
         kept = [{key: value for key, value in m.items() if key != "reasoning_content"} for m in self.messages]
         return replace(self, messages=kept)
+
+    def hasty(self) -> "Demonstration":
+        """The last answer without the work that leads to it, neither reasoning nor calls, by somebody who might have
+        thought. It need not earn anything: who has called no tool can only guess what it returns."""
+        asked = list(takewhile(lambda message: message["role"] != "assistant", self.messages))
+        answer = {"role": "assistant", "reasoning_content": "", "content": self.messages[-1]["content"]}
+        return replace(self, messages=[*asked, answer])
 
 
 class Environment(Protocol):

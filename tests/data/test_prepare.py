@@ -75,6 +75,21 @@ def test_domains_are_split_by_the_world_and_masked_by_the_chat(prepared, tokeniz
     assert prepared.manifest["sources"]["sums"]["near_duplicates"] == 0  # "12 + 34?" and "12 + 35?" are two tasks
 
 
+def test_who_could_have_thought_writes_that_it_has_not(tokenizer, tmp_path):
+    """Where thinking is off, the empty tags stand in the prompt."""
+    styles = ("thinking", "non_thinking", "hasty")
+    sources = [DomainSource(style, "arithmetic", 30, options={"digits": [2]}, style=style) for style in styles]
+    data = prepare(sources, tokenizer, tmp_path / "data", held_out=0.1)
+    special = tokenizer.special
+    for style, shard in data.train.items():
+        for document in range(len(shard)):
+            tokens, mask = shard.document(document)
+            own = tokens[mask].tolist()
+            begins = {"thinking": [special.think], "hasty": [special.think, special.end_think]}.get(style, [])
+            assert own[: len(begins)] == begins
+            assert (special.end_think in own) == (style != "non_thinking")
+
+
 def test_what_was_prepared_loads(prepared):
     loader = PackedLoader(prepared.train, {"texts": 1, "sums": 1}, 512, prompt_weight=0.2)
     batch = loader.batch(0, 8)

@@ -140,9 +140,13 @@ def test_domains_are_demonstrated_by_seed_with_and_without_reasoning():
     documents = list(read_documents(source))
     expected = [domain("arithmetic", digits=[2]).demonstration(seed) for seed in range(20)]
     assert [d.messages for d in documents] == [d.messages for d in expected]
-    bare = list(read_documents(DomainSource("sums", "arithmetic", 20, options={"digits": [2]}, reasoning=False)))
+    bare = list(read_documents(DomainSource("sums", "arithmetic", 20, options={"digits": [2]}, style="non_thinking")))
     assert [d.messages for d in bare] == [d.without_reasoning().messages for d in expected]
+    hasty = list(read_documents(DomainSource("sums", "arithmetic", 20, options={"digits": [2]}, style="hasty")))
+    assert [d.messages for d in hasty] == [d.hasty().messages for d in expected]
     assert any("reasoning_content" in m for d in documents for m in d.messages)
+    with pytest.raises(ValueError, match="style is 'slow'; there are thinking, non_thinking, hasty"):
+        DomainSource("sums", "arithmetic", 20, style="slow")
     with pytest.raises(ValueError, match="there is no domain"):
         list(read_documents(DomainSource("x", "alchemy", 1)))
 

@@ -1,10 +1,13 @@
 """GRPO on tasks that are learnt in seconds."""
 
+import copy
+
 import pytest
 import torch
 from small_world import CAPITALS, DIGITS, FEW_BITS, Log, Say, small_model, small_tokenizer
 from torch.testing import assert_close
 
+from mimoflash.checkpoint import load_delta
 from mimoflash.engine import Engine
 from mimoflash.posttrain import GRPOSettings, Rollout, train_grpo
 from mimoflash.posttrain.groups import deal, group_metrics, has_signal, samples_of, sound
@@ -76,6 +79,23 @@ def test_micro_batches_do_not_change_a_step():
     assert one[0]["loss"] == pytest.approx(many[0]["loss"], abs=1e-5)
     for name, tensor in weights(cut).items():  # a gradient of nearly 0 may fall on the other side of it
         assert (tensor - whole.state_dict()[name]).abs().mean() < 1e-5
+
+
+def test_adapters_are_trained_and_merged_at_the_end(tmp_path):
+    """The frozen weights and what the file adds to them are the teacher."""
+    model = small_model()
+    base = copy.deepcopy(model)
+    settings = GRPOSettings(steps=22, lr=2e-2, groups=8, group_size=8, max_tokens=4, lora_rank=8)
+    log, domains = Log(), {"a": Say("a", DIGITS)}
+    train_grpo(Engine(model, small_tokenizer()), domains, settings, log, folder=tmp_path)
+    assert log.mean(AVERAGE, slice(-3, None)) > log.mean(AVERAGE, slice(0, 3)) + 0.2
+    trained = weights(model)
+    assert trained.keys() == weights(base).keys()
+    assert torch.equal(trained["lm_head.weight"], base.lm_head.weight)
+    assert not torch.equal(trained["model.layers.0.self_attn.q_proj.weight"], weights(base)[
+        "model.layers.0.self_attn.q_proj.weight"])
+    load_delta(tmp_path / "lora.safetensors", base)
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in weights(base).items())
 
 
 def test_the_experts_correction_biases_stay():

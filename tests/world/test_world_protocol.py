@@ -56,6 +56,18 @@ def test_without_reasoning_an_episode_passes_too_and_is_the_same_task(world, see
     assert task_id(plain.messages) == task_id(thinking.messages)
 
 
+@settings(deadline=None, max_examples=50)
+@given(DOMAINS, SEEDS)
+def test_a_hasty_answer_is_the_last_one_and_the_same_task(world, seed):
+    """It calls no tool, so that where one is needed it earns nothing."""
+    careful = world.demonstration(seed)
+    *asked, answer = careful.hasty().messages
+    assert asked == [message for message in careful.messages if message["role"] == "user"]
+    assert answer == {"role": "assistant", "reasoning_content": "", "content": careful.messages[-1]["content"]}
+    reward = play(world.environment(), seed, replay(careful.hasty())).reward
+    assert reward == (0.0 if careful.tools else 1.0)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_everything_is_a_function_of_the_seed_alone(name):
     state = random.getstate()
