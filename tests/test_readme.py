@@ -38,12 +38,17 @@ def test_there_are_commands():
     assert len(COMMANDS) >= 5
 
 
-def test_the_program_runs(tmp_path):
+def test_the_programs_run(tmp_path, monkeypatch, capsys):
     tokenizer = train_tokenizer(["What is 3 + 4?"] * 9, 300)
     config = ModelConfig.tiny(vocab_size=-(-tokenizer.vocab_size // 64) * 64, num_nextn_predict_layers=3)
     save_model(Transformer(config), tmp_path / "model", tokenizer=tokenizer)
-    (program,) = [block for language, block in BLOCKS if language == "python"]
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    exec(program.replace("runs/demo/sft/model", str(tmp_path / "model")), names)
+    for program in [block for language, block in BLOCKS if language == "python"]:
+        if file := re.match(r"# (\w+\.py)\n", program):
+            Path(file[1]).write_text(program)
+        else:
+            exec(program.replace("runs/demo/sft/model", str(tmp_path / "model")), names)
     assert len(names["drafts"]) == 3
     assert names["outputs"][0].tokens
+    assert capsys.readouterr().out.split() == ["1", "0.0", "2", "0.0"]
