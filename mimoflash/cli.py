@@ -46,7 +46,7 @@ def _user_errors() -> Iterator[None]:
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Where the run is kept.")] = Path("runs/demo")) -> None:
-    """From nothing to a model one can talk to, with a report: about ten minutes on two cores."""
+    """From nothing to a model one can talk to, with a report: less than twenty minutes on two cores."""
     _run("demo", out, only=None, changes=[], resume=True)
     typer.echo(f"\ntalk to it: mimoflash chat {out}")
 
@@ -58,18 +58,27 @@ def run(
     change: Annotated[list[str] | None, typer.Option("--set", help="Change a value, as pretrain.tokens=1000.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the run is kept; runs/NAME if not given.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run that is there.")] = False,
+    backend: Annotated[
+        Literal["local", "ray"], typer.Option(help="Who plays rollouts: this process, or actors of Ray.")
+    ] = "local",
+    workers: Annotated[int, typer.Option(help="Of Ray, with an engine each.", min=1)] = 2,
 ) -> None:
-    """Run a recipe's stages in order: demo (tokenizer, pretrain, sft, teachers, mopd, rivals, evaluate), smol-mtp
-    (generate, first, mtp, evaluate)."""
-    _run(recipe, out or Path("runs") / Path(recipe).stem, only=only, changes=change or [], resume=resume)
+    """Run a recipe's stages in order: demo (tokenizer, pretrain, sft, teachers, mopd, rivals, evaluate), smol-mopd
+    (teachers, mopd, evaluate), smol-mtp (generate, first, mtp, evaluate)."""
+    _run(recipe, out or Path("runs") / Path(recipe).stem, only=only, changes=change or [], resume=resume,
+         ray_workers=workers if backend == "ray" else 0)
 
 
-def _run(recipe: str, out: Path, *, only: str | None, changes: list[str], resume: bool) -> None:
+def _run(
+    recipe: str, out: Path, *, only: str | None, changes: list[str], resume: bool, ray_workers: int = 0
+) -> None:
     with _user_errors():
         from mimoflash.recipe import load_recipe
         from mimoflash.run import run as run_stages
 
-        run_stages(load_recipe(recipe, changes), out, only=only, resume=resume, say=typer.echo)
+        run_stages(
+            load_recipe(recipe, changes), out, only=only, resume=resume, ray_workers=ray_workers, say=typer.echo
+        )
         for file in ("summary.json", "report.html"):
             if (out / file).exists():
                 typer.echo(str(out / file))

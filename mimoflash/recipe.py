@@ -6,7 +6,7 @@ MTP layers for one that is there (`HeadsRecipe`).
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator, with_config
 
@@ -16,7 +16,7 @@ from mimoflash.posttrain import ConversationSettings, GRPOSettings, MOPDSettings
 from mimoflash.posttrain.rivals import OffPolicySettings
 from mimoflash.text import Tokenizer
 from mimoflash.train import HeadsSettings, StageSettings
-from mimoflash.world import Domain, domain
+from mimoflash.world import Domain, Split, domain, seeds
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -150,7 +150,12 @@ class PostTrainingRecipe(BaseModel):
         if unlike := sorted(self.teachers.keys() ^ self.tasks.keys()):
             raise ValueError(f"{unlike[0]} is in one of tasks and teachers only: each domain has a teacher")
         _check_sources(self)
-        self.domains()
+        for name, each in self.domains().items():
+            for split in get_args(Split):
+                try:
+                    next(seeds(each, split))
+                except ValueError as error:
+                    raise ValueError(f"tasks.{name}: {error}") from None
         return self
 
     def domains(self) -> dict[str, Domain]:
@@ -187,11 +192,15 @@ class HeadsRecipe(BaseModel):
 
 def _check_sources(recipe: Recipe | PostTrainingRecipe) -> None:
     """What is different for a domain is so for one that is there."""
-    rivals = {f"rivals.{name}": value for name, value in recipe.rivals or ()}
-    for where, settings in {"mopd": recipe.mopd, **rivals}.items():
+    every = {f"rivals.{name}": value for name, value in recipe.rivals or ()} | {"mopd": recipe.mopd}
+    every |= {f"teachers.{name}": value for name, value in (recipe.teachers or {}).items()}
+    for where, settings in every.items():
         unknown = sorted(getattr(settings, "sources", {}).keys() - (recipe.teachers or {}).keys())
         if unknown:
             raise ValueError(f"{where}.sources names {unknown[0]}, which has no teacher")
+    cascade, domains = recipe.rivals and recipe.rivals.cascade_rl, len(recipe.teachers or {})
+    if cascade and cascade.steps < domains:
+        raise ValueError(f"rivals.cascade_rl.steps is {cascade.steps}: each of {domains} domains needs one at least")
 
 
 AnyRecipe = Recipe | PostTrainingRecipe | HeadsRecipe

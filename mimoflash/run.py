@@ -18,17 +18,20 @@ _SERVES = {"rollouts": "teachers"}  # a part of the recipe that is no stage, and
 
 
 def run(
-    recipe: AnyRecipe, out: str | Path, *, only: str | None = None, resume: bool = False, say: Say = print
+    recipe: AnyRecipe, out: str | Path, *, only: str | None = None, resume: bool = False, ray_workers: int = 0,
+    say: Say = print,
 ) -> Path:
-    """Runs the stages (or `only` one) into the folder `out` and writes summary.json there, of a new model report.html.
+    """Runs the stages (or `only` one) into the folder `out` and writes summary.json there, and report.html.
 
-    With `resume` finished stages are kept and a broken-off one goes on where it was. Raises ValueError if `out` holds
-    a run and `resume` is not given, or a run of another recipe, or if `only` needs a stage that has not been run.
+    With `resume` finished stages are kept and a broken-off one goes on where it was. `ray_workers`: see Run. Raises
+    ValueError if `out` holds a run and `resume` is not given, or a run of another recipe, or if `only` needs a stage
+    that has not been run.
     """
     stages = stages_of(recipe)
     if only is not None and only not in stages:
         raise ValueError(f"there is no stage {only!r}; the stages are {', '.join(stages)}")
     this = open_run(recipe, Path(out), resume or only is not None)
+    this.ray_workers = ray_workers
     say(f"{recipe.name}: {matmul_peak() / 1e9:.0f} GFLOP/s in float32 matmul on {torch.get_num_threads()} threads")
     for stage in stages if only is None else (only,):
         if this.result(stage) is not None and only is None:

@@ -20,10 +20,12 @@ Say = Callable[[str], None]
 
 @dataclass
 class Run(Generic[Kind]):
-    """A recipe, and the folder `out` that it is run into."""
+    """A recipe, and the folder `out` that it is run into. `ray_workers`: so many actors of Ray play rollouts; 0: this
+    process does."""
 
     recipe: Kind
     out: Path
+    ray_workers: int = 0
 
     def tokenizer(self) -> Tokenizer:
         """The run's own, or that of the model that it is about."""
@@ -60,6 +62,7 @@ class Run(Generic[Kind]):
         """From now on none of these stages counts as done. What `stage` has begun and not finished is gone on with; not
         so that of `later` ones, which began with what is about to change."""
         is_begun = self.result(stage) is None
+        later = [*later, "coevolve"] if stage != "evaluate" else later  # which goes on from the student
         for name in later if is_begun else (stage, *later):
             for file in (self.out / name).rglob("done.json"):
                 file.unlink()

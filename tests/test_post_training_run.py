@@ -12,6 +12,7 @@ from mimoflash.model import Transformer
 from mimoflash.models import find_model
 from mimoflash.recipe import load_recipe
 from mimoflash.run import coevolve, run
+from mimoflash.stages import evaluation, post_training
 from mimoflash.text import train_tokenizer
 
 RECIPE = """
@@ -129,8 +130,6 @@ def test_a_stage_that_is_run_again_takes_those_after_it_along(recipe, finished, 
 
 def test_what_was_begun_is_gone_on_with(recipe, tmp_path, monkeypatch):
     """Killed between two teachers: the first one stays as it is."""
-    from mimoflash.stages import post_training
-
     train, trained = post_training.train_grpo, []
 
     def dying(engine, domains, *args, **more):
@@ -159,6 +158,34 @@ def test_the_student_goes_on_as_its_own_teacher_until_nothing_is_gained(finished
     assert coevolve(out, 2, say=said.append) == result  # what is there is not done again
 
 
+def test_each_round_has_tasks_of_its_own_and_is_forgotten_with_its_start(recipe, finished, tmp_path, monkeypatch):
+    out, seen = shutil.copytree(finished, tmp_path / "out"), []
+    train = post_training.train_mopd
+
+    def seeing(engine, domains, teachers, settings, **more):
+        seen.append(settings.first_task)
+        train(engine, domains, teachers, settings, **more)
+
+    monkeypatch.setattr(post_training, "train_mopd", seeing)
+    coevolve(out, 1, say=lambda _: None)
+    assert seen == [post_training.TASKS_A_ROUND]
+    run(load_recipe(recipe), out, only="mopd", say=lambda _: None)
+    assert not list((out / "coevolve").rglob("done.json"))
+    assert find_model(str(out)) == out / "mopd" / "model"
+
+
+def test_models_are_judged_as_they_are_taught(recipe, finished, tmp_path, monkeypatch):
+    out, seen = shutil.copytree(finished, tmp_path / "out"), []
+    changes = ["max_turns=2", "thinking=false", "timeout=9.0"]
+    changed = load_recipe(recipe, [f"teachers.odd.{change}" for change in changes])
+    (out / "recipe.json").write_text(json.dumps(json.loads(changed.model_dump_json())))
+    play = evaluation.play_tasks
+    monkeypatch.setattr(evaluation, "play_tasks", lambda *a, **more: seen.append((a[1].name, more)) or play(*a, **more))
+    run(changed, out, only="evaluate", say=lambda _: None)
+    assert ("file/odd", {"max_turns": 2, "thinking": False, "timeout": 9.0}) in seen
+    assert ("file/even", {"max_turns": 4, "thinking": True, "timeout": 60.0}) in seen
+
+
 def test_co_evolution_needs_a_student(recipe, tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         coevolve(tmp_path, 1)
@@ -175,12 +202,22 @@ def test_co_evolution_needs_a_student(recipe, tmp_path):
         ("tasks.odd.domain=alchemy", "there is no domain 'alchemy'"),
         ("mopd.balance=hope", "balance"),
         ("mopd.lora_rank=4", "MTP layers stay"),
-        ("mopd.sources.others.groups=2", "others"),
+        ("mopd.sources.others.groups=2", "mopd.sources names others"),
+        ("teachers.odd.sources.others.groups=2", "teachers.odd.sources names others"),
+        ("mopd.sources.odd.groups=0", "groups is 0"),
+        ("rivals.cascade_rl.steps=1", "each of 2 domains needs one"),
     ],
 )
 def test_recipes_that_cannot_be_are_named_before_anything_starts(recipe, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         run(load_recipe(recipe, [change]), tmp_path / "out", say=lambda _: None)
+
+
+def test_a_file_without_a_held_out_line_is_named_before_anything_starts(recipe, tmp_path):
+    (tmp_path / "few.jsonl").write_text('{"prompt": "What is 1 + 1?", "answer": "2"}\n')
+    changes = ["tasks.odd.domain=file", f"tasks.odd.options={{ path = '{tmp_path / 'few.jsonl'}' }}"]
+    with pytest.raises(ValueError, match=r"tasks.odd: .*no (held-out|training) task"):
+        load_recipe(recipe, changes)
 
 
 def test_the_packages_own_recipe_for_smol_is_whole():

@@ -133,11 +133,11 @@ def make_batch(
 def _shared(samples: Sequence[Sample], starts: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Which prompt each sample goes on from, and the first sample of each. Prompts are the same where their tokens and
     routes are, so that every captured route is replayed."""
-    known: dict[tuple[tuple[int, ...], bytes], int] = {}
+    known: dict[tuple[tuple[int, ...], bytes], int] = {}  # the whole prompt: MTP layers look ahead into its end
     prompt, firsts = [], []
     for i, (sample, start) in enumerate(zip(samples, starts, strict=True)):
         routes = sample.rollout.routes[:start].contiguous().numpy().tobytes()
-        key = tuple(sample.rollout.tokens[:start]), routes
+        key = _prompt(sample), routes
         if key not in known:
             known[key] = len(known)
             firsts.append(i)

@@ -7,12 +7,19 @@ import torch
 
 from mimoflash.posttrain.batch import Sample, filter_empty
 from mimoflash.posttrain.losses import Metrics, group_advantage
+from mimoflash.posttrain.rollout import Rollout
 from mimoflash.posttrain.scheduler import Group
 
 
 def sound(group: Group) -> Group:
     """Without the rollouts that an environment broke, whose reward says nothing, and those without an own token."""
     return filter_empty([rollout for rollout in group if "error" not in rollout.info])
+
+
+def check_not_all_broken(rollouts: Sequence[Rollout], name: str) -> None:
+    """Raises ValueError, with what the first one said, where the domain's environment broke them all."""
+    if rollouts and all("error" in rollout.info for rollout in rollouts):
+        raise ValueError(f"{name}: its environment broke every rollout; the first by {rollouts[0].info['error']}")
 
 
 def has_signal(group: Group) -> bool:

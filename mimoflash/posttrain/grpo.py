@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mimoflash.engine import Engine
 from mimoflash.model import Transformer
-from mimoflash.posttrain.batch import RolloutBatch, Sample, make_batch, micro_batches
+from mimoflash.posttrain.batch import RolloutBatch, Sample
 from mimoflash.posttrain.groups import deal, domain_metrics, has_signal, samples_of, sound
 from mimoflash.posttrain.losses import grpo_loss, rollout_drift
 from mimoflash.posttrain.policy import mtp_loss, view
@@ -56,14 +56,14 @@ def train_grpo(
             groups = training.groups()
             played = [sound(group) for each in groups.values() for group in each]
             samples = [sample for group in played if has_signal(group) for sample in samples_of(group)]
-            parts = [_items(training.model, part, settings) for part in deal(samples, settings.updates, step)]
+            parts = [_items(training, part, settings) for part in deal(samples, settings.updates, step)]
             training.update(parts, partial(_loss, settings=settings), domain_metrics(groups))
 
 
-def _items(model: Transformer, samples: Sequence[Sample], settings: GRPOSettings) -> list[_Item]:
-    device = model.lm_head.weight.device
-    batches = [make_batch(part, model.config, device) for part in micro_batches(samples, settings.micro_tokens)]
-    return [_Item(*each) for each in zip(batches, sampling_policy(model, batches, settings.updates), strict=True)]
+def _items(training: Training, samples: Sequence[Sample], settings: GRPOSettings) -> list[_Item]:
+    batches = training.batches(samples)
+    old_logps = sampling_policy(training.model, batches, settings.updates)
+    return [_Item(*each) for each in zip(batches, old_logps, strict=True)]
 
 
 def _loss(model: Transformer, item: _Item, settings: GRPOSettings) -> LossOutput:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from mimoflash.engine import Engine
 from mimoflash.model import Transformer
-from mimoflash.posttrain.batch import RolloutBatch, Sample, make_batch, micro_batches
+from mimoflash.posttrain.batch import RolloutBatch, Sample
 from mimoflash.posttrain.groups import deal, domain_metrics, samples_of, sound
 from mimoflash.posttrain.losses import mopd_loss, reverse_kl_loss, rollout_drift, topk_reverse_kl_loss
 from mimoflash.posttrain.policy import View, mtp_loss, view
 from mimoflash.posttrain.scheduler import Player
 from mimoflash.posttrain.teachers import Scores, Teacher, check_teachers
-from mimoflash.posttrain.training import Log, RolloutSettings, Training, sampling_policy
+from mimoflash.posttrain.training import Log, RolloutSettings, Training
 from mimoflash.train import LossOutput
 from mimoflash.world import Domain
 
@@ -26,11 +26,12 @@ Balance = Literal["domains", "sequences", "tokens"]
 
 @dataclass(frozen=True, kw_only=True)
 class MOPDSettings(RolloutSettings):
-    """`alpha`: how much the group-normalised reward counts beside the teacher's log-probability. `gate`: tokens whose
-    probability under the trainer is less or more than this much of the rollout engine's teach nothing.
+    """`alpha`: how much the group-normalised reward counts beside the teacher's log-probability. `gate`: sampled tokens
+    whose probability under the trainer is less or more than this much of the rollout engine's teach nothing.
 
     `top`: 0 takes the teacher's word on the sampled tokens alone, as the report does; K its K likeliest tokens at each
-    place, with a tail for the rest, and the vocabulary's size all of them: then the reverse KL is the loss.
+    place, with a tail for the rest, and the vocabulary's size all of them: then the reverse KL at every own place is
+    the loss, beside the outcomes'.
     `balance`: what weighs the same: every domain, however many and long its rollouts; every sequence; every token.
     """
 
@@ -54,7 +55,6 @@ class MOPDSettings(RolloutSettings):
 @dataclass(frozen=True)
 class _Item:
     batch: RolloutBatch
-    old_logp_BT: Tensor | None  # see sampling_policy
     scores: Scores
     weight: float  # beside the step's others
 
@@ -74,23 +74,20 @@ def train_mopd(
             for name, teacher in teachers.items():
                 samples = [sample for group in groups[name] for sample in samples_of(sound(group))]
                 for part, dealt in zip(parts, deal(samples, settings.updates, step), strict=True):
-                    part += _items(dealt, training.model, teacher, settings)
+                    part += _items(dealt, training, teacher, settings)
             training.update(parts, partial(_loss, settings=settings), domain_metrics(groups))
 
 
-def _items(samples: Sequence[Sample], model: Transformer, teacher: Teacher, settings: MOPDSettings) -> list[_Item]:
+def _items(samples: Sequence[Sample], training: Training, teacher: Teacher, settings: MOPDSettings) -> list[_Item]:
     """Of one domain."""
-    device = model.lm_head.weight.device
-    parts = list(micro_batches(samples, settings.micro_tokens))
-    batches = [make_batch(part, model.config, device) for part in parts]
-    old_logps = sampling_policy(model, batches, settings.updates)
+    batches = training.batches(samples)
     scores = teacher.score(batches, settings.top)
     weights = {
-        "domains": [len(part) / len(samples) for part in parts],
-        "sequences": [float(len(part)) for part in parts],
+        "domains": [len(batch.tokens_BT) / len(samples) for batch in batches],
+        "sequences": [float(len(batch.tokens_BT)) for batch in batches],
         "tokens": [batch.own_tokens for batch in batches],
     }[settings.balance]
-    return [_Item(*each) for each in zip(batches, old_logps, scores, weights, strict=True)]
+    return [_Item(*each) for each in zip(batches, scores, weights, strict=True)]
 
 
 def _loss(model: Transformer, item: _Item, settings: MOPDSettings) -> LossOutput:
@@ -108,8 +105,7 @@ def _loss(model: Transformer, item: _Item, settings: MOPDSettings) -> LossOutput
         loss = loss + _reverse_kl(own, scores, batch.mask_BT, per_token=settings.balance == "tokens")
     reverse_kl = (own_logp_BT - scores.logp_BT).sum().item() / batch.own_tokens  # both are 0 outside of the mask
     metrics |= {"loss": loss.item(), "mopd/reverse_kl": reverse_kl}
-    old_logp_BT = own_logp_BT if item.old_logp_BT is None else item.old_logp_BT
-    metrics |= rollout_drift(old_logp_BT, batch.rollout_logp_BT, batch.mask_BT)
+    metrics |= rollout_drift(own_logp_BT, batch.rollout_logp_BT, batch.mask_BT)
     if settings.mtp_weight:
         drafting = mtp_loss(model, own)
         metrics["mtp_loss"] = drafting.item()

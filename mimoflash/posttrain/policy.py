@@ -26,11 +26,14 @@ class SharedPrompts:
         self._seen_GP = self.positions_GP.masked_fill(places_P >= batch.prompt_lengths_G[:, None], -1)
         self.reads_prompts = False
 
+    @property
+    def or_none(self) -> "SharedPrompts | None":
+        """Without prompts attention needs no cache, and is faster so."""
+        return self if self.batch.prompts_GP.shape[1] else None
+
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.reads_prompts:
             self._kept[layer] = k, v
-            return k, v, positions
-        if layer not in self._kept:  # prompts too short to share anything
             return k, v, positions
         prompt_k, prompt_v = (x[self.batch.prompt_B] for x in self._kept[layer])
         seen = torch.cat([self._seen_GP[self.batch.prompt_B], positions], dim=1)
@@ -78,7 +81,7 @@ def view(model: Transformer, batch: RolloutBatch, *, replay: bool) -> View:
         prompt_hidden_GPH = out.hidden
         prompts.reads_prompts = False
     routes = batch.routes_BSMK if replay else None
-    out = model.trunk(batch.tokens_BT[:, :-1], _positions(batch), cache=prompts, routes=routes)
+    out = model.trunk(batch.tokens_BT[:, :-1], _positions(batch), cache=prompts.or_none, routes=routes)
     _check_replayed(out.routes, routes)
     logits_NV = model.logits(out.hidden[batch.mask_BT[:, 1:] > 0])
     return View(batch, prompts, prompt_hidden_GPH, out.hidden, logits_NV)
@@ -128,7 +131,7 @@ def _drafted(model: Transformer, seen: View, k: int) -> Tensor:
         model.mtp(k, seen.prompt_hidden_GPH.detach(), _following(batch, k), prompts.positions_GP, cache=prompts)
         prompts.reads_prompts = False
     next_BS = shift_left(batch.tokens_BT, 1 + k)[:, :-1]
-    return model.mtp(k, seen.hidden_BSH.detach(), next_BS, seen.positions_BS, cache=prompts)
+    return model.mtp(k, seen.hidden_BSH.detach(), next_BS, seen.positions_BS, cache=prompts.or_none)
 
 
 def _following(batch: RolloutBatch, k: int) -> Tensor:

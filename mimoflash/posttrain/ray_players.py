@@ -13,6 +13,7 @@ from mimoflash.model import Transformer
 from mimoflash.posttrain.rollout import Rollout, Task
 from mimoflash.posttrain.scheduler import LocalPlayer
 from mimoflash.text import Tokenizer
+from mimoflash.train import merged_state
 from mimoflash.world import Domain
 
 ATTEMPTS = 3  # of a task whose worker dies
@@ -38,12 +39,21 @@ class RayPlayers:
         if self._is_own:
             self._ray.init(include_dashboard=False, log_to_driver=False)
         gpus = 1 if model.lm_head.weight.device.type == "cuda" else 0
+        self._check_room(workers, gpus)
         self._actor = self._ray.remote(_Worker).options(num_cpus=1, num_gpus=gpus)
         self._common = self._ray.put((dict(settings), model, tokenizer, dict(domains)))
         self._threads = max((os.cpu_count() or 1) // workers, 1)
         self._weights: Any = None  # as a reference in Ray's store; None: the model's first ones
         self._workers = [self._start() for _ in range(workers)]
         self._busy = [0] * workers  # tasks that each of them plays
+
+    def _check_room(self, workers: int, gpus: int) -> None:
+        """They would wait for it without end."""
+        there = self._ray.cluster_resources()
+        for kind, needed in (("CPU", workers), ("GPU", workers * gpus)):
+            if there.get(kind, 0) < needed:
+                has = f"{there.get(kind, 0):.0f}"
+                raise ValueError(f"{workers} workers need {needed} {kind}s, Ray has {has}: ask for fewer workers")
 
     def __enter__(self) -> "RayPlayers":
         return self
@@ -74,7 +84,7 @@ class RayPlayers:
         )
 
     async def update(self, model: Transformer) -> None:
-        state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        state = {name: tensor.detach().cpu() for name, tensor in merged_state(model).items()}
         self._weights = self._ray.put(state)
         await asyncio.gather(*(self._update(place) for place in range(len(self._workers))))
 

@@ -9,30 +9,34 @@ import torch
 
 from mimoflash.engine import Engine
 from mimoflash.model import Transformer
-from mimoflash.posttrain.batch import RolloutBatch, make_batch, micro_batches
+from mimoflash.posttrain.batch import RolloutBatch
 from mimoflash.posttrain.groups import deal, domain_metrics, samples_of, sound
 from mimoflash.posttrain.grpo import GRPOSettings, train_grpo
 from mimoflash.posttrain.policy import mtp_loss, view
 from mimoflash.posttrain.rollout import Rollout, Task
-from mimoflash.posttrain.scheduler import LocalPlayer
+from mimoflash.posttrain.scheduler import LocalPlayer, Player
 from mimoflash.posttrain.training import Log, RolloutSettings, Training
 from mimoflash.train import LossOutput
 from mimoflash.world import Domain
 
-mix_rl = train_grpo  # one reinforcement learning over all domains at once
-
 
 def cascade_rl(
     engine: Engine, domains: Mapping[str, Domain], settings: GRPOSettings, log: Log | None = None, *,
-    folder: Path | None = None,
+    folder: Path | None = None, player: Player | None = None,
 ) -> None:
     """One domain after the other, in their order, each for its share of `settings.steps` and with the groups of all, so
-    that as much is played as by the others."""
+    that as much is played as by the others. Raises ValueError where there are fewer steps than domains."""
     names = list(domains)
+    if settings.steps < len(names):
+        raise ValueError(f"steps is {settings.steps}: each of {len(names)} domains needs one at least")
     for number, name in enumerate(names):
         steps = settings.steps * (number + 1) // len(names) - settings.steps * number // len(names)
-        own = replace(settings, steps=steps, groups=settings.groups * len(names), sources={})
-        train_grpo(engine, {name: domains[name]}, own, log, folder=folder / name if folder else None)
+        sources = {at: own for at, own in settings.sources.items() if at == name}
+        own = replace(
+            settings, steps=steps, groups=settings.groups * len(names), tokens=settings.tokens // len(names),
+            sources=sources,
+        )
+        train_grpo(engine, {name: domains[name]}, own, log, folder=folder / name if folder else None, player=player)
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,7 @@ def off_policy_finetune(
                 if settings.passed_only:
                     samples = [sample for sample in samples if sample.rollout.reward >= 1]
                 for part, dealt in zip(parts, deal(samples, settings.updates, step), strict=True):
-                    batches = [
-                        make_batch(few, training.model.config) for few in micro_batches(dealt, settings.micro_tokens)
-                    ]
+                    batches = training.batches(dealt)
                     tokens = sum(batch.own_tokens for batch in batches)
                     part += [(batch, batch.own_tokens / tokens) for batch in batches]
             training.update(parts, partial(_cross_entropy, settings=settings), domain_metrics(groups))

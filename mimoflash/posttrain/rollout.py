@@ -15,7 +15,7 @@ from mimoflash.engine import Engine, Output, SamplingParams
 from mimoflash.posttrain.background import Background
 from mimoflash.posttrain.threads import Threads
 from mimoflash.text import Tokenizer, parse_chat, render_chat
-from mimoflash.world import Domain, Environment, Message, Tool
+from mimoflash.world import Domain, Environment, Message, Step, Tool
 
 Result = TypeVar("Result")
 
@@ -80,11 +80,11 @@ class Rollout:
 
 def play_tasks(
     engine: Engine, domain: Domain, seeds: Sequence[int], params: SamplingParams, *, max_turns: int = 4,
-    thinking: bool = True,
+    thinking: bool = True, timeout: float | None = None,
 ) -> list[Rollout]:
     """One rollout a seed, all of them side by side; a task ends by its environment, or after `max_turns`. As `play`."""
     tasks = [
-        Task(domain.name, seed, own_sampling(params, place, seed), max_turns, thinking)
+        Task(domain.name, seed, own_sampling(params, place, seed), max_turns, thinking, timeout)
         for place, seed in enumerate(seeds)
     ]
 
@@ -113,9 +113,13 @@ async def play(engine: Engine, domain: Domain, task: Task) -> Rollout:
             output = await engine.answer(rollout.tokens, params, priority=task.priority)
             if output.error is not None:
                 raise RuntimeError(output.error)
+            rollout.write(output)
+            message = parse_chat(tokenizer.decode(output.tokens, skip_special=True), rollout.tools, rollout.text)
+            rollout.messages.append(message)
             with _foreign(rollout):
                 assert environment is not None
-                await _advance(rollout, environment, output, tokenizer, task)
+                step = await in_thread(environment.step, message, timeout=task.timeout)
+                _advance(rollout, step, tokenizer, task.thinking, is_cut_off=output.finish_reason != "stop")
     finally:
         if environment is not None:
             with suppress(Exception):  # what has been played stays
@@ -194,21 +198,15 @@ def _has_room(rollout: Rollout, engine: Engine) -> bool:
     return False
 
 
-async def _advance(
-    rollout: Rollout, environment: Environment, output: Output, tokenizer: Tokenizer, task: Task
-) -> None:
-    rollout.write(output)
-    message = parse_chat(tokenizer.decode(output.tokens, skip_special=True), rollout.tools, rollout.text)
-    rollout.messages.append(message)
-    step = await in_thread(environment.step, message, timeout=task.timeout)
+def _advance(rollout: Rollout, step: Step, tokenizer: Tokenizer, thinking: bool, *, is_cut_off: bool) -> None:
+    """By what the environment answered; after a message that was cut off there is no end token to go on from."""
     if not math.isfinite(step.reward):
         raise ValueError(f"reward is {step.reward}")
     rollout.reward += float(step.reward)
     rollout.info = dict(step.info)
-    rollout.done = bool(step.done) or output.finish_reason != "stop"  # cut off: there is no end token to go on from
+    rollout.done = bool(step.done) or is_cut_off
     if rollout.done:
         return
-    thinking = task.thinking
     before = render_chat(tokenizer, rollout.messages, rollout.tools, generation_prompt=False, enable_thinking=thinking)
     rollout.messages.extend(step.observation)
     rollout.text = render_chat(tokenizer, rollout.messages, rollout.tools, enable_thinking=thinking)

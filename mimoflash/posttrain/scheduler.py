@@ -190,7 +190,7 @@ class DataScheduler:
         last = min(self.version + 1 + self.max_staleness, self.steps)
         for name in sorted(self.sources, key=lambda name: -self.sources[name].priority):
             while self._begun[name] < last * self.sources[name].groups:
-                seed = await in_thread(next, self._seeds[name], timeout=None)
+                seed = await in_thread(next, self._seeds[name], timeout=self.sources[name].timeout)
                 group = _Open(name, self._begun[name], seed, self.version, [None] * self.group_size)
                 self._begun[name] += 1
                 self._next_task[name] = seed + 1

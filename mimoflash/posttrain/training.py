@@ -14,7 +14,7 @@ from mimoflash.checkpoint import load_training_state, save_training_state
 from mimoflash.engine import Engine, SamplingParams
 from mimoflash.model import Transformer
 from mimoflash.posttrain.batch import RolloutBatch, Sample, filter_empty, make_batch, micro_batches
-from mimoflash.posttrain.groups import Group
+from mimoflash.posttrain.groups import Group, check_not_all_broken
 from mimoflash.posttrain.journal import Journal
 from mimoflash.posttrain.losses import Metrics, rollout_drift
 from mimoflash.posttrain.policy import score
@@ -37,6 +37,11 @@ class SourceSettings:
     max_tokens: int | None = None
     temperature: float | None = None
     priority: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("groups", "max_tokens", "temperature"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} is {value}: it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -174,9 +179,11 @@ class Training:
             taken = self.scheduler.take()
         except RuntimeError as error:
             raise ValueError(
-                f"step {self._step}: {error}. If training has led the weights astray, begin again from the last "
-                f"checkpoint with a lower lr than {self.settings.lr}"
+                f"step {self._step}: {error}. If training has led the weights astray, begin again with a lower lr than "
+                f"{self.settings.lr}"
             ) from None
+        for name, groups in taken.items():
+            check_not_all_broken([rollout for group in groups for rollout in group], name)
         rollouts = [rollout for groups in taken.values() for group in groups for rollout in group]
         self.tokens += sum(end - start for rollout in rollouts for start, end in rollout.turns)
         ages = [max(self.scheduler.version - rollout.versions[0], 0) for rollout in rollouts]
@@ -193,14 +200,22 @@ class Training:
 
     def _free_drift(self, rollouts: Sequence[Rollout]) -> Metrics:
         """What the drift from the rollout engine would be, did the trainer choose its own experts."""
-        samples = [Sample(rollout, 0.0) for rollout in filter_empty(rollouts)]
-        part = next(micro_batches(samples, self.settings.micro_tokens), None)
-        if part is None:
-            return {}
-        batch = make_batch(part, self.model.config, self.model.lm_head.weight.device)
-        (logp_BT,) = score(self.model, [batch], replay=False)
-        drift = rollout_drift(logp_BT, batch.rollout_logp_BT, batch.mask_BT)
-        return {f"{name}/without_replay": value for name, value in drift.items()}
+        batches = self.batches([Sample(rollout, 0.0) for rollout in filter_empty(rollouts)])
+        found = [
+            (batch.own_tokens, rollout_drift(logp_BT, batch.rollout_logp_BT, batch.mask_BT))
+            for batch, logp_BT in zip(batches, score(self.model, batches, replay=False), strict=True)
+        ]
+        total = sum(tokens for tokens, _ in found)
+        return {
+            f"{name}/without_replay": sum(tokens * drift[name] for tokens, drift in found) / total
+            for name in (found[0][1] if found else ())
+        }
+
+    def batches(self, samples: Sequence[Sample]) -> list[RolloutBatch]:
+        """For the model, each of at most `micro_tokens`."""
+        device = self.model.lm_head.weight.device
+        parts = micro_batches(samples, self.settings.micro_tokens)
+        return [make_batch(part, self.model.config, device) for part in parts]
 
     def update(
         self, parts: Sequence[Sequence[Item]], loss_fn: Callable[[Transformer, Item], LossOutput], metrics: Metrics
@@ -226,7 +241,7 @@ class Training:
         try:
             metrics = self.trainer.step(items, loss_fn, lr)
         except FloatingPointError as error:
-            raise ValueError(f"{error}; begin again from the last checkpoint with a lower lr than {lr}") from None
+            raise ValueError(f"step {self._step}: {error}; begin again with a lower lr than {lr}") from None
         metrics["actor/num_zeros_in_grad"] = metrics.pop("num_zeros")
         metrics["actor/grad_norm"] = metrics.pop("grad_norm")
         return metrics

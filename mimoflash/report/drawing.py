@@ -40,13 +40,15 @@ class Plot:
     figure: Figure
 
 
-def curve(axes: Axes, lines: Lines, key: str, colour: str, label: str, start: float = 0) -> None:
-    """`key` over tokens, faint, and its moving mean over a fortieth of the stage; nothing where it was not logged."""
+def curve(
+    axes: Axes, lines: Lines, key: str, colour: str, label: str, start: float = 0, part: int = 40
+) -> None:
+    """`key` over tokens, faint, and its moving mean over a `part`-th of the stage; nothing where it was not logged."""
     points = [(start + line["tokens"], line[key]) for line in lines if isfinite(line.get(key, float("nan")))]
     if not points:
         return
     x, y = np.array(points).T
-    window = np.ones(max(1, len(x) // 40))
+    window = np.ones(max(1, len(x) // part))
     smooth = np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
     few = slice(None, None, -(-len(x) // 500))  # points: more are not seen
     axes.plot(x[few], y[few], color=colour, linewidth=0.7, alpha=0.3)

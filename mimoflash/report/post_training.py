@@ -76,7 +76,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _over_steps(axes: Axes, lines: Lines, key: str, colour: str, label: str) -> None:
-    curve(axes, [line | {"tokens": line["step"]} for line in lines], key, colour, label)
+    curve(axes, [line | {"tokens": line["step"]} for line in lines], key, colour, label, part=8)
 
 
 def _finished(title: str, note: str, figure: Figure, axes: Axes) -> Iterator[Plot]:

@@ -1,17 +1,14 @@
 """Co-evolution: the student becomes its own teachers' start, round by round (arXiv 2601.02780, section 4.3)."""
 
 from dataclasses import dataclass
-from itertools import islice
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from mimoflash.engine import SamplingParams
-from mimoflash.posttrain import play_tasks
 from mimoflash.run_folder import Say, TrainingRun, write_json
+from mimoflash.stages.evaluation import play_held_out
 from mimoflash.stages.post_training import distilled, engine_of, taught
-from mimoflash.world import seeds
 
 VALIDATION_TASKS = 200  # of each domain: held-out ones behind those that `evaluate` asks
 
@@ -40,8 +37,8 @@ def coevolve(this: TrainingRun, rounds: int, say: Say) -> dict[str, Any]:
         folder = this.out / "coevolve" / f"round-{number}"
         assert this.recipe.teachers is not None
         for name in this.recipe.teachers:
-            taught(this, folder / "teachers" / name, name, best.model, say)
-        distilled(this, folder / "mopd", folder / "teachers", best.model, say)
+            taught(this, folder / "teachers" / name, name, best.model, say, round=number)
+        distilled(this, folder / "mopd", folder / "teachers", best.model, say, round=number)
         new = _score(this, folder / "mopd" / "model")
         gain, error = _gain(best, new)
         say(f"  round {number}: mean reward {new.mean:.3f}, gained {gain:+.3f} (standard error {error:.3f})")
@@ -63,11 +60,9 @@ def _gain(before: Scored, after: Scored) -> tuple[float, float]:
 
 
 def _score(this: TrainingRun, model: Path) -> Scored:
-    settings, engine = this.recipe.evaluate, engine_of(this, model)
-    params = SamplingParams(max_tokens=settings.max_tokens, temperature=settings.temperature, seed=1)
+    engine, first, domains = engine_of(this, model), this.recipe.evaluate.tasks, this.recipe.domains()
     rewards = {}
     for name in this.recipe.teachers or {}:
-        domain = this.recipe.domains()[name]
-        tasks = list(islice(seeds(domain, "held_out"), settings.tasks, settings.tasks + VALIDATION_TASKS))
-        rewards[name] = [rollout.reward for rollout in play_tasks(engine, domain, tasks, params)]
+        rollouts = play_held_out(this, engine, name, domains[name], first=first, tasks=VALIDATION_TASKS)
+        rewards[name] = [rollout.reward for rollout in rollouts]
     return Scored(model, rewards)

@@ -10,7 +10,8 @@ from mimoflash.engine.speculation import replay_speculation
 from mimoflash.model import Transformer
 from mimoflash.models import DEVICE
 from mimoflash.posttrain import Rollout, play_tasks
-from mimoflash.recipe import EvaluateSettings, Recipe
+from mimoflash.posttrain.groups import check_not_all_broken
+from mimoflash.recipe import Recipe
 from mimoflash.run_folder import Say, TrainingRun, write_json
 from mimoflash.world import Domain, seeds
 
@@ -24,13 +25,14 @@ def evaluate(this: TrainingRun, say: Say) -> dict[str, Any]:
     for kind, folder, names in _models(this):
         model = load_model(folder, dtype="float32", device=DEVICE)
         engine = Engine(model, this.tokenizer(), max_running=this.recipe.rollouts.max_running, share_prefixes=True)
-        played = {name: _play(engine, domains[name], settings) for name in names or domains}
+        played = {name: play_held_out(this, engine, name, domains[name]) for name in names or domains}
         for name, rollouts in played.items():
             rates[name][kind] = sum(rollout.reward >= 1.0 for rollout in rollouts) / len(rollouts)
             chance = rates[name]["chance"]
             say(f"  {name}: {kind} {rates[name][kind]:.0%} of {len(rollouts)} held-out tasks (chance {chance:.1%})")
-        if kind in ("sft", "student") and model.config.num_nextn_predict_layers:
-            lengths[kind] = _accept_length(model, [r for rollouts in played.values() for r in rollouts])
+        if kind in ("sft", "student"):
+            if model.config.num_nextn_predict_layers:
+                lengths[kind] = _accept_length(model, [r for rollouts in played.values() for r in rollouts])
             conversations = [
                 _shown(name, rollout)
                 for name, rollouts in played.items()
@@ -41,7 +43,8 @@ def evaluate(this: TrainingRun, say: Say) -> dict[str, Any]:
     if lengths:
         result |= {"accept_length": list(lengths.values())[-1], "accept_lengths": lengths}
     if this.recipe.mopd is not None:
-        result["mopd"] = {"steps": this.recipe.mopd.steps, "recovered": recovered(rates)}
+        steps = (this.result("mopd") or {})["steps"]
+        result["mopd"] = {"steps": steps, "recovered": recovered(rates)}
     return result
 
 
@@ -69,10 +72,23 @@ def _models(this: TrainingRun) -> list[tuple[str, Path, list[str]]]:
     return found
 
 
-def _play(engine: Engine, domain: Domain, settings: EvaluateSettings) -> list[Rollout]:
-    tasks = [seed for seed in islice(seeds(domain, "held_out"), settings.tasks) for _ in range(settings.samples)]
-    params = SamplingParams(max_tokens=settings.max_tokens, temperature=settings.temperature, seed=0)
-    return play_tasks(engine, domain, tasks, params)
+def play_held_out(
+    this: TrainingRun, engine: Engine, name: str, domain: Domain, *, first: int = 0, tasks: int = 0
+) -> list[Rollout]:
+    """Held-out tasks of a domain from the `first` on, as `evaluate` asks them (so many, if `tasks` is not given), with
+    the turns that its teacher has. Raises ValueError where its environment breaks each time."""
+    asked, taught = this.recipe.evaluate, (this.recipe.teachers or {}).get(name)
+    chosen = islice(seeds(domain, "held_out"), first, first + (tasks or asked.tasks))
+    each = [seed for seed in chosen for _ in range(asked.samples)]
+    params = SamplingParams(max_tokens=asked.max_tokens, temperature=asked.temperature, seed=0)
+    if taught is None:
+        rollouts = play_tasks(engine, domain, each, params)
+    else:
+        rollouts = play_tasks(
+            engine, domain, each, params, max_turns=taught.max_turns, thinking=taught.thinking, timeout=taught.timeout
+        )
+    check_not_all_broken(rollouts, name)
+    return rollouts
 
 
 def _accept_length(model: Transformer, rollouts: list[Rollout]) -> float:
@@ -82,7 +98,7 @@ def _accept_length(model: Transformer, rollouts: list[Rollout]) -> float:
         for start, end in rollout.turns
         for gain in replay_speculation(model, rollout.tokens[:start], rollout.tokens[start:end])
     ]
-    return sum(gains) / len(gains)
+    return sum(gains) / max(len(gains), 1)
 
 
 def _shown(name: str, rollout: Rollout) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 student is compared with."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,11 +15,14 @@ from mimoflash.engine import Engine
 from mimoflash.models import DEVICE
 from mimoflash.posttrain import RolloutSettings, Shelf, StoredTeacher, train_grpo, train_mopd
 from mimoflash.posttrain.rivals import cascade_rl, merge_parameters, off_policy_finetune
+from mimoflash.posttrain.rollout import tokenizer_of
+from mimoflash.posttrain.scheduler import Player
 from mimoflash.run_folder import Say, TrainingRun, write_json
 from mimoflash.train.monitor import read_metrics
 from mimoflash.world import Domain
 
 Settings = TypeVar("Settings", bound=RolloutSettings)
+TASKS_A_ROUND = 10_000_000  # of co-evolution: seeds that no other round takes its tasks from
 
 
 def teachers(this: TrainingRun, say: Say) -> dict[str, Any]:
@@ -32,16 +36,23 @@ def mopd(this: TrainingRun, say: Say) -> dict[str, Any]:
     return distilled(this, this.out / "mopd", this.done("teachers"), this.start(), say)
 
 
-def taught(this: TrainingRun, folder: Path, name: str, start: Path, say: Say) -> dict[str, Any]:
-    """The teacher of the domain `name`, made of the model in `start`."""
+def taught(this: TrainingRun, folder: Path, name: str, start: Path, say: Say, round: int = 0) -> dict[str, Any]:
+    """The teacher of the domain `name`, made of the model in `start`; each `round` by other tasks."""
     assert this.recipe.teachers is not None
-    return _trained(this, folder, start, this.recipe.teachers[name], _grpo(this, [name]), say)
+    settings = _of_round(this.recipe.teachers[name], round)
+    return _trained(this, folder, start, settings, _grpo(this, [name]), say)
 
 
-def distilled(this: TrainingRun, folder: Path, teachers: Path, start: Path, say: Say) -> dict[str, Any]:
-    """The student, made of the model in `start` by those in the folders of `teachers`."""
+def distilled(
+    this: TrainingRun, folder: Path, teachers: Path, start: Path, say: Say, round: int = 0
+) -> dict[str, Any]:
+    """The student, made of the model in `start` by those in the folders of `teachers`; each `round` by other tasks."""
     assert this.recipe.mopd is not None
-    return _trained(this, folder, start, this.recipe.mopd, _mopd(this, teachers), say)
+    return _trained(this, folder, start, _of_round(this.recipe.mopd, round), _mopd(this, teachers), say)
+
+
+def _of_round(settings: Settings, round: int) -> Settings:
+    return replace(settings, first_task=settings.first_task + round * TASKS_A_ROUND)
 
 
 def rivals(this: TrainingRun, say: Say) -> dict[str, Any]:
@@ -52,7 +63,8 @@ def rivals(this: TrainingRun, say: Say) -> dict[str, Any]:
     places = {name: this.done("teachers") / name / "model" for name in domains}
 
     def cascade(engine: Engine, settings: Any, place: Path) -> None:
-        cascade_rl(engine, domains, settings, folder=place)
+        with _player(this, engine, domains) as player:
+            cascade_rl(engine, domains, settings, folder=place, player=player)
 
     def off_policy(engine: Engine, settings: Any, place: Path) -> None:
         engines = {name: engine_of(this, model) for name, model in places.items()}
@@ -83,7 +95,8 @@ def _grpo(this: TrainingRun, names: list[str]) -> Callable[[Engine, Any, Path], 
     domains = {name: this.recipe.domains()[name] for name in names}
 
     def train(engine: Engine, settings: Any, place: Path) -> None:
-        train_grpo(engine, domains, settings, folder=place)
+        with _player(this, engine, domains) as player:
+            train_grpo(engine, domains, settings, folder=place, player=player)
 
     return train
 
@@ -93,9 +106,23 @@ def _mopd(this: TrainingRun, teachers: Path) -> Callable[[Engine, Any, Path], No
 
     def train(engine: Engine, settings: Any, place: Path) -> None:
         known = {name: StoredTeacher(teachers / name / "model", shelf) for name in domains}
-        train_mopd(engine, domains, known, settings, folder=place)
+        with _player(this, engine, domains) as player:
+            train_mopd(engine, domains, known, settings, folder=place, player=player)
 
     return train
+
+
+@contextmanager
+def _player(this: TrainingRun, engine: Engine, domains: dict[str, Domain]) -> Iterator[Player | None]:
+    """None: the engine itself."""
+    if not this.ray_workers:
+        yield None
+        return
+    from mimoflash.posttrain.ray_players import RayPlayers
+
+    settings = _engine_settings(this)
+    with RayPlayers(settings, engine.model, tokenizer_of(engine), domains, this.ray_workers) as players:
+        yield players
 
 
 def _trained(
@@ -121,6 +148,9 @@ def _trained(
 
 def engine_of(this: TrainingRun, folder: Path) -> Engine:
     """Plays rollouts with the model in `folder`, and is trained with it."""
+    return Engine(load_model(folder, dtype="float32", device=DEVICE), this.tokenizer(), **_engine_settings(this))
+
+
+def _engine_settings(this: TrainingRun) -> dict[str, Any]:
     asked = this.recipe.rollouts
-    model = load_model(folder, dtype="float32", device=DEVICE)
-    return Engine(model, this.tokenizer(), dtype=asked.dtype, max_running=asked.max_running, share_prefixes=True)
+    return {"dtype": asked.dtype, "max_running": asked.max_running, "share_prefixes": True}

@@ -16,6 +16,7 @@ Tool = dict[str, Any]  # {"type": "function", "function": {"name", "description"
 Split = Literal["train", "held_out"]
 
 HELD_OUT_ONE_IN = 10
+_BROKEN_LIMIT = 100
 _SEARCH_LIMIT = 100_000  # consecutive seeds without a task of the split: there is none
 
 
@@ -104,9 +105,10 @@ def is_held_out(messages: list[Message]) -> bool:
 
 
 def seeds(domain: Domain, split: Split, start: int = 0) -> Iterator[int]:
-    """The seeds from `start` on, without end, whose task falls in the split.
+    """The seeds from `start` on, without end, whose task falls in the split; those that break the environment's reset
+    are no tasks.
 
-    Raises ValueError for another split, and where the domain has no task in it.
+    Raises ValueError for another split, where the domain has no task in it, and where many seeds in a row break.
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"seeds: split is {split!r}; it must be 'train' or 'held_out'")
@@ -115,9 +117,18 @@ def seeds(domain: Domain, split: Split, start: int = 0) -> Iterator[int]:
 
 def _seeds_of(domain: Domain, held_out: bool, start: int) -> Iterator[int]:
     environment = domain.environment()
-    last = start
+    last, broken = start, 0
     for seed in count(start):
-        if is_held_out(environment.reset(seed)[0]) == held_out:
+        try:
+            messages, _ = environment.reset(seed)
+        except Exception as error:
+            broken += 1
+            if broken == _BROKEN_LIMIT:
+                message = f"{domain.name}: {broken} seeds in a row break its reset, the last by {error!r}"
+                raise ValueError(message) from None
+            continue
+        broken = 0
+        if is_held_out(messages) == held_out:
             last = seed
             yield seed
         elif seed - last >= _SEARCH_LIMIT:

@@ -93,6 +93,10 @@ class PythonTasks:
     def environment(self) -> Question:
         return Question(self._ask, self.toolbox)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process runs the file itself."""
+        return PythonTasks, (self.file.resolve(), self.judge)
+
     def _ask(self, seed: int) -> tuple[list[Message], Judge]:
         messages = self._messages(seed)
         if self.judge is not None:

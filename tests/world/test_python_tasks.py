@@ -1,5 +1,7 @@
 """A user's Python file of tasks: a few lines suffice, tools are called, and what is wrong is named with its line."""
 
+import pickle
+import subprocess
 import sys
 import textwrap
 
@@ -40,6 +42,13 @@ def test_two_functions_are_a_domain(load):
     assert play(world.environment(), 3, says({"content": "6"})).reward == 0.0
     with pytest.raises(ValueError, match=r"mine.py: there is no demonstrate"):
         world.demonstration(0)
+
+
+def test_another_process_runs_the_file_itself(load, tmp_path):
+    (tmp_path / "tasks.pickle").write_bytes(pickle.dumps(load(SQUARES)))
+    code = "import pickle; w = pickle.load(open('tasks.pickle', 'rb')); print(w.environment().reset(7)[0])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "What is 7 squared?" in done.stdout
 
 
 def test_the_example_in_the_docstring_works(load):

@@ -1,6 +1,8 @@
 """Generators of one's own: a function of the seed, going on where they ended, and nobody else's disturbed."""
 
 import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -43,3 +45,23 @@ def test_what_others_draw_is_not_changed():
         random.choice([draw()][1:])
     drawn.append(draw())
     assert drawn == expected
+
+
+def test_owners_in_several_threads_draw_what_each_would_alone():
+    """As the members of a group do, that begin the same task side by side."""
+
+    def play(seed):
+        owner, drawn = OwnRandomness(seed), []
+        for _ in range(200):
+            with owner:
+                drawn += [draw(), draw()]
+        return drawn
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            together = list(threads.map(play, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert together == [play(seed) for seed in range(8)]
