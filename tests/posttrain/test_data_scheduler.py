@@ -223,10 +223,10 @@ def test_an_environment_that_hangs_or_exits_costs_its_own_rollout():
 
 def test_a_process_ends_though_an_environment_hangs():
     program = (
-        "import test_scheduler, small_world as s, threading; from mimoflash.posttrain import play_tasks\n"
+        "import test_data_scheduler, small_world as s, threading; from mimoflash.posttrain import play_tasks\n"
         "from mimoflash.engine import Engine, SamplingParams\n"
         "engine = Engine(s.small_model(), s.small_tokenizer())\n"
-        "test_scheduler.asyncio.run(test_scheduler.played_by(engine)); print('played')"
+        "test_data_scheduler.asyncio.run(test_data_scheduler.played_by(engine)); print('played')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
