@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from mimoflash.config import ModelConfig
@@ -19,10 +20,13 @@ _QUANTISED = tuple(f"{matrix}_proj.weight" for matrix in ("q", "k", "v", "gate",
 def published_tensors(model: Transformer) -> dict[str, Tensor]:
     """Every tensor of the published format by its name, as a view of the model's own memory.
 
-    Experts, which the model keeps stacked, appear one by one; a tied head does not appear.
+    Experts, which the model keeps stacked, appear one by one; a tied head does not appear. Raises ValueError for a
+    model with low-rank adapters, whose weights are not in one place.
     """
     tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():
+        if is_parametrized(module):
+            raise ValueError("the model has low-rank adapters: merge them first (merge_lora)")
         if isinstance(module, Experts):
             stacked = zip(module.gate_up_proj.detach(), module.down_proj.detach(), strict=True)
             for e, (gate_up, down) in enumerate(stacked):

@@ -1,10 +1,11 @@
 """What GRPO and MOPD share: rollouts by the policy as it is, optimizer steps on them, and a run that can be resumed."""
 
 import copy
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from mimoflash.train.settings import check_least
 from mimoflash.world import Domain
 
 Item = TypeVar("Item")
+_MAY_CHANGE = ("steps", "tokens", "save_every", "drift_every")  # of a run that is gone on with
 Log = Callable[[int, int, Metrics], None]  # of a step: its number, tokens sampled so far, metrics
 
 
@@ -112,7 +114,8 @@ class Training:
     rollouts the new weights. The engine's model has them at the end.
 
     With a `folder` the state and what has been played are kept there, and training goes on from them. `player`: who
-    plays, if not the engine. Raises ValueError where settings name a domain that is not there.
+    plays, if not the engine. Raises ValueError where settings name a domain that is not there, or the folder holds a
+    run with other ones.
     """
 
     def __init__(
@@ -122,6 +125,8 @@ class Training:
         if unknown := sorted(settings.sources.keys() - domains.keys()):
             raise ValueError(f"sources names {unknown[0]}, but the domains are {', '.join(sorted(domains))}")
         tokenizer_of(engine)
+        if folder is not None:
+            _check_same_settings(folder / "states" / "settings.json", settings)
         self.engine, self.settings, self.log, self.folder = engine, settings, log, folder
         # while rollouts go on, their weights must stay as they are
         apart = settings.max_staleness > 0
@@ -260,6 +265,22 @@ class Training:
         self.tokens = state["tokens"]
         self.trainer.load_state(state["trainer"])
         self.scheduler.load_state(state["scheduler"])
+
+
+def _check_same_settings(file: Path, settings: RolloutSettings) -> None:
+    """What has been played belongs to the settings that it was played by."""
+    described = json.loads(json.dumps(asdict(settings)))
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(described))
+        temporary.replace(file)
+        return
+    stored = json.loads(file.read_text())
+    changed = [name for name in described if name not in _MAY_CHANGE and stored.get(name) != described[name]]
+    if changed:
+        was = stored.get(changed[0])
+        raise ValueError(f"{file.parent.parent} holds a run whose {changed[0]} is {was}: give that, or another folder")
 
 
 def make_trainer(model: Transformer) -> Trainer[Transformer]:

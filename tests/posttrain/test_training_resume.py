@@ -115,6 +115,14 @@ def test_it_may_be_killed_again_and_again(whole, tmp_path):
     assert Counter(played) == Counter(everything)
 
 
+@pytest.mark.parametrize("change", [{"groups": 3}, {"first_task": 7}, {"seed": 1}, {"max_staleness": 1}])
+def test_other_settings_do_not_go_on_with_what_is_there(tmp_path, change):
+    run(grpo, tmp_path, last_step=1)
+    (name,) = change
+    with pytest.raises(ValueError, match=f"holds a run whose {name} is"):
+        grpo(Engine(small_model(), small_tokenizer()), None, None, tmp_path, **change)
+
+
 def test_its_metrics_are_those_of_one_run(tmp_path):
     run(grpo, tmp_path / "rl", last_step=3)
     run(grpo, tmp_path / "rl")

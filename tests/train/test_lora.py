@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mimoflash.checkpoint import load_delta, save_delta
+from mimoflash.checkpoint import load_delta, save_delta, save_model
 from mimoflash.config import ModelConfig
 from mimoflash.data import Batch
 from mimoflash.engine import Engine, SamplingParams, backend
@@ -235,6 +235,8 @@ def test_a_rank_without_room_adapters_twice_and_none_are_refused(tmp_path):
     add_lora(model, 1)
     with pytest.raises(ValueError, match="merge them first"):
         add_lora(model, 1)
+    with pytest.raises(ValueError, match="merge them first"):
+        save_model(model, tmp_path / "model")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
