@@ -43,7 +43,7 @@ def plots(found: Found) -> Iterator[Plot]:
         figure, axes = _axes("step", "mean reward")
         for name, lines in found.students.items():
             _over_steps(axes, lines, REWARD, STUDENTS.get(name, MUTED), (LABELS | {"mopd": "MOPD"}).get(name, name))
-        note = "One model in all domains, from the same start and with as many rollouts: mean reward over all domains."
+        note = "One model in all domains, from the same start: mean reward of the rollouts that it learns from."
         yield from _finished("MOPD beside its rivals", note, figure, axes)
     if "mopd" in found.students:
         lines = found.students["mopd"]

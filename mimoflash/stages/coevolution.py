@@ -15,7 +15,7 @@ VALIDATION_TASKS = 200  # of each domain: held-out ones behind those that `evalu
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's rewards by domain, task by task."""
+    """A model's rewards by domain, task by task: of several answers to one the mean, since they stand together."""
 
     model: Path
     rewards: dict[str, list[float]]
@@ -60,9 +60,11 @@ def _gain(before: Scored, after: Scored) -> tuple[float, float]:
 
 
 def _score(this: TrainingRun, model: Path) -> Scored:
-    engine, first, domains = engine_of(this, model), this.recipe.evaluate.tasks, this.recipe.domains()
+    engine, domains = engine_of(this, model), this.recipe.domains()
+    first, samples = this.recipe.evaluate.tasks, this.recipe.evaluate.samples
     rewards = {}
     for name in this.recipe.teachers or {}:
         rollouts = play_held_out(this, engine, name, domains[name], first=first, tasks=VALIDATION_TASKS)
-        rewards[name] = [rollout.reward for rollout in rollouts]
+        played = [rollout.reward for rollout in rollouts]
+        rewards[name] = [mean(played[at : at + samples]) for at in range(0, len(played), samples)]
     return Scored(model, rewards)
