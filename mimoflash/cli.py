@@ -64,7 +64,7 @@ def run(
     workers: Annotated[int, typer.Option(help="Of Ray, with an engine each.", min=1)] = 2,
 ) -> None:
     """Run a recipe's stages in order: demo (tokenizer, pretrain, sft, teachers, mopd, rivals, evaluate), smol-mopd
-    (teachers, mopd, evaluate), smol-mtp (generate, first, mtp, evaluate)."""
+    (teachers, mopd, evaluate), mopd-table (tune, compare), smol-mtp (generate, first, mtp, evaluate)."""
     _run(recipe, out or Path("runs") / Path(recipe).stem, only=only, changes=change or [], resume=resume,
          ray_workers=workers if backend == "ray" else 0)
 

@@ -1,7 +1,7 @@
 """A recipe: what a run makes, from a TOML file, checked before anything starts.
 
-There are three kinds: a model from nothing (`Recipe`), post-training of one that is there (`PostTrainingRecipe`), and
-MTP layers for one that is there (`HeadsRecipe`).
+There are four kinds: a model from nothing (`Recipe`), post-training of one that is there (`PostTrainingRecipe`), that
+by several methods and over several seeds (`ComparisonRecipe`), and MTP layers for one that is there (`HeadsRecipe`).
 """
 
 import tomllib
@@ -58,10 +58,11 @@ class RivalSettings(BaseModel):
 
 
 class EvaluateSettings(BaseModel):
-    """`tasks` held-out tasks of each domain, `samples` answers to each at `temperature` (0: greedy), at most
-    `max_tokens` a turn; `conversations` of each are shown."""
+    """`tasks` held-out tasks of each domain from the `first` on, `samples` answers to each at `temperature` (0:
+    greedy), at most `max_tokens` a turn; `conversations` of each are shown."""
 
     model_config = _STRICT
+    first: Annotated[int, Field(ge=0)] = 0
     tasks: Positive = 100
     samples: Positive = 1
     temperature: Annotated[float, Field(ge=0)] = 0.0
@@ -162,6 +163,40 @@ class PostTrainingRecipe(BaseModel):
         return {name: domain(each.domain, **each.options) for name, each in self.tasks.items()}
 
 
+class TuneSettings(BaseModel):
+    """Each method's `lr` is tried times each of `factors` with this `seed`, and judged by `tasks` held-out tasks of
+    each domain that the comparison does not ask."""
+
+    model_config = _STRICT
+    seed: int
+    factors: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [0.5, 1.0, 2.0]
+    tasks: Positive = 200
+
+
+class CompareSettings(BaseModel):
+    """All methods once with each of `seeds`, each by `tokens` that it samples itself; with each seed by other tasks."""
+
+    model_config = _STRICT
+    seeds: Annotated[list[int], Field(min_length=2)]
+    tokens: Positive
+
+
+class ComparisonRecipe(PostTrainingRecipe):
+    """MOPD beside its rivals over several seeds, from the same `model`; the learning rates are chosen before."""
+
+    mopd: MOPDSettings
+    rivals: RivalSettings
+    tune: TuneSettings
+    compare: CompareSettings
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Self:
+        every = [self.tune.seed, *self.compare.seeds]
+        if twice := sorted(seed for seed in set(every) if every.count(seed) > 1):
+            raise ValueError(f"the seed {twice[0]} stands twice in compare.seeds and tune.seed: give different ones")
+        return self
+
+
 class DraftSettings(BaseModel):
     """The first `prompts` held-out conversations' first questions, answered greedily by at most `max_tokens`."""
 
@@ -203,13 +238,13 @@ def _check_sources(recipe: Recipe | PostTrainingRecipe) -> None:
         raise ValueError(f"rivals.cascade_rl.steps is {cascade.steps}: each of {domains} domains needs one at least")
 
 
-AnyRecipe = Recipe | PostTrainingRecipe | HeadsRecipe
+AnyRecipe = Recipe | PostTrainingRecipe | ComparisonRecipe | HeadsRecipe
 
 
 def load_recipe(path: str | Path, changes: list[str] | None = None) -> AnyRecipe:
     """Reads a recipe (a .toml file, or the name of one that the package has) with `key=value` changes, where a key is
     dotted (`pretrain.tokens=1000`). `[model]` describes a new one; who names a model wants it post-trained if there are
-    `teachers`, else MTP layers for it. Raises ValueError naming file and key."""
+    `teachers` (several times if there is `compare`), else MTP layers for it. Raises ValueError naming file and key."""
     file = Path(path)
     if not file.suffix and not file.exists():
         file = RECIPES / f"{path}.toml"
@@ -238,6 +273,8 @@ def load_recipe(path: str | Path, changes: list[str] | None = None) -> AnyRecipe
 def _kind(raw: dict[str, Any]) -> type[AnyRecipe]:
     if not isinstance(raw.get("model"), str):
         return Recipe
+    if "compare" in raw:
+        return ComparisonRecipe
     return PostTrainingRecipe if "teachers" in raw else HeadsRecipe
 
 

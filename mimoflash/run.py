@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mimoflash.recipe import AnyRecipe, HeadsRecipe, PostTrainingRecipe, Recipe
+from mimoflash.recipe import AnyRecipe, ComparisonRecipe, HeadsRecipe, PostTrainingRecipe, Recipe
 from mimoflash.report import write_report
 from mimoflash.run_folder import Run, Say, write_json
 from mimoflash.stages import stages_of
@@ -43,7 +43,7 @@ def run(
         result = stages[stage](this, say)
         this.finish(stage, {"seconds": time.monotonic() - begin} | result)
         write_json(this.out / "summary.json", summary(this))
-        if not isinstance(recipe, HeadsRecipe):
+        if not isinstance(recipe, HeadsRecipe | ComparisonRecipe):
             write_report(this.out)
         say(f"{stage}: {time.monotonic() - begin:.0f} s")
     return this.out

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from math import gamma, pi, sqrt
 
+import numpy as np
 import pytest
 import torch
 
-from mimoflash.checkpoint import load_model, save_model
+from mimoflash.checkpoint import cached_smol, load_model, save_model
 from mimoflash.config import ModelConfig
 from mimoflash.model import Transformer
 from mimoflash.models import find_model
 from mimoflash.recipe import load_recipe
 from mimoflash.run import coevolve, run
+from mimoflash.stages import comparison as table_of
 from mimoflash.stages import evaluation, post_training
 from mimoflash.text import train_tokenizer
 
@@ -220,6 +223,148 @@ def test_a_file_without_a_held_out_line_is_named_before_anything_starts(recipe, 
         load_recipe(recipe, changes)
 
 
+COMPARISON = """
+[tune]
+seed = 9
+factors = [1.0, 2.0]
+tasks = 2
+[compare]
+seeds = [0, 3]
+tokens = 30
+"""
+
+
+@pytest.fixture(scope="module")
+def comparison(recipe):
+    file = recipe.parent / "comparison.toml"
+    taught, mopd, methods = recipe.read_text().partition("[mopd]")
+    file.write_text(taught + mopd + methods.replace("steps = 2", "steps = 20") + COMPARISON)
+    return file
+
+
+@pytest.fixture(scope="module")
+def compared(comparison, tmp_path_factory):
+    return run(load_recipe(comparison), tmp_path_factory.mktemp("compared") / "out", say=lambda _: None)
+
+
+def read(file):
+    return json.loads(file.read_text())
+
+
+def test_a_comparison_gives_every_method_the_same_budget_and_each_seed_tasks_of_its_own(compared):
+    seeds = [read(compared / "compare" / f"seed-{seed}" / "recipe.json") for seed in (0, 3)]
+    tried = [read(compared / "tune" / factor / "recipe.json") for factor in ("x1", "x2")]
+    assert [inner["seed"] for inner in seeds + tried] == [0, 3, 9, 9]
+    assert [inner["evaluate"]["first"] for inner in seeds + tried] == [0, 3, 6, 6]
+    assert [inner["evaluate"]["tasks"] for inner in seeds + tried] == [3, 3, 2, 2]
+    apart = post_training.TASKS_A_ROUND
+    for name in ("mix_rl", "cascade_rl", "off_policy", "naive_mopd"):
+        assert [inner["rivals"][name]["first_task"] for inner in seeds + tried] == [0, apart, 2 * apart, 2 * apart]
+        assert [inner["rivals"][name]["lr"] for inner in tried] == [1e-3, 2e-3]
+        assert {inner["rivals"][name]["tokens"] for inner in seeds} == {30}
+    assert {inner["mopd"]["tokens"] for inner in seeds} == {30}
+    assert {inner["teachers"]["odd"]["tokens"] for inner in seeds} == {0}
+    spent = read(compared / "compare" / "seed-0" / "rivals" / "done.json")["rivals"]
+    assert all(30 <= each["tokens"] < 30 + 2 * 2 * 2 * 2 * 6 for each in spent.values())  # the last step may go over
+    assert (compared / "compare" / "seed-3" / "report.html").exists()
+
+
+def test_learning_rates_are_tried_with_the_same_teachers_and_the_best_is_taken(comparison, compared):
+    one, other = (
+        load_model(compared / "tune" / factor / "teachers/odd/model", dtype="float32").state_dict()
+        for factor in ("x1", "x2")
+    )
+    assert all(tensor.equal(other[name]) for name, tensor in one.items())
+    tuned = read(compared / "tune" / "done.json")
+    assert tuned["factors"].keys() == {"student", "mix_rl", "cascade_rl", "off_policy", "naive_mopd"}
+    for kind, tried in tuned["pass_rates"].items():
+        for factor, rate in tried.items():
+            domains = read(compared / "tune" / f"x{factor}" / "evaluate" / "done.json")["domains"]
+            assert rate == pytest.approx(np.mean([row[kind] for row in domains.values()]))
+        assert tried[f"{tuned['factors'][kind]:g}"] == max(tried.values())
+    used = read(compared / "compare" / "seed-3" / "recipe.json")
+    assert used["mopd"]["lr"] == 1e-3 * tuned["factors"]["student"]
+    assert used["rivals"]["mix_rl"]["lr"] == 1e-3 * tuned["factors"]["mix_rl"]
+
+
+def test_the_table_is_what_the_seeds_show(compared):
+    table = (compared / "table.md").read_text()
+    rows = {row.split(" | ")[0].strip("| "): row.strip("| ").split(" | ") for row in table.splitlines() if "±" in row}
+    every = [read(compared / "compare" / f"seed-{seed}" / "evaluate" / "done.json")["domains"] for seed in (0, 3)]
+    for label, kind in (("MOPD", "student"), ("merged", "param_merge"), ("RL in turn", "cascade_rl")):
+        odd = 100 * np.array([domains["odd"][kind] for domains in every])
+        means = 100 * np.array([np.mean([row[kind] for row in domains.values()]) for domains in every])
+        assert rows[label][1] == f"{odd.mean():.1f} ± {odd.std(ddof=1):.1f}"
+        assert rows[label][3] == f"{means.mean():.1f} ± {means.std(ddof=1):.1f}"
+
+
+def test_differences_have_the_interval_of_students_t():
+    """Its quantiles from the density, integrated in float64."""
+    for freedom, quantile in enumerate(table_of.STUDENTS_T, 1):
+        x = np.linspace(0, quantile, 20_001)
+        scale = gamma((freedom + 1) / 2) / (sqrt(freedom * pi) * gamma(freedom / 2))
+        density = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.975, abs=1e-4)
+    # five differences: mean 2 points, standard deviation sqrt(2.5), t = 2.776 of four degrees of freedom
+    assert table_of.interval([0.00, 0.01, 0.02, 0.03, 0.04]) == "+2.0 (+0.0 to +4.0)"
+
+
+def test_a_comparison_that_was_killed_goes_on_with_the_seed_that_was_not_finished(comparison, compared, tmp_path):
+    out = shutil.copytree(compared, tmp_path / "out")
+    last = out / "compare" / "seed-3" / "evaluate" / "done.json"
+    (out / "compare" / "done.json").unlink()
+    last.unlink()
+    kept = {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")}
+    assert kept
+    run(load_recipe(comparison), out, resume=True, say=lambda _: None)
+    assert read(last)["domains"] == read(compared / last.relative_to(out))["domains"]
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")} == kept
+    assert (out / "table.md").read_text() == (compared / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("compare.seeds=[1]", "at least 2"), ("compare.seeds=[1, 2, 1]", "the seed 1 stands twice"),
+        ("compare.seeds=[1, 9]", "the seed 9 stands twice"), ("tune.factors=[0.0]", "greater than 0"),
+        ("compare.tokens=0", "greater than 0"), ("rivals.param_merge=maybe", "boolean"),
+    ],
+)
+def test_comparisons_that_cannot_be_are_named(comparison, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(comparison, [change])
+
+
+def test_a_comparison_needs_its_learning_rates(comparison, tmp_path):
+    with pytest.raises(ValueError, match="no finished stage tune"):
+        run(load_recipe(comparison), tmp_path / "out", only="compare", say=lambda _: None)
+
+
+def test_the_packages_own_comparison_is_whole():
+    recipe = load_recipe("mopd-table")
+    assert recipe.domains().keys() == {"arithmetic", "tools", "maze"}
+    demo = load_recipe("demo")
+    assert {name: task.options for name, task in recipe.tasks.items()} == {
+        source.domain: source.options for name, source in demo.sources.items() if name in recipe.tasks
+    }
+
+
 def test_the_packages_own_recipe_for_smol_is_whole():
     pytest.importorskip("reasoning_gym")
     assert load_recipe("smol-mopd").domains().keys() == {"sums", "letters"}
+
+
+@pytest.mark.skipif(not cached_smol().exists(), reason="smol has not been fetched: mimoflash generate smol x")
+def test_smol_goes_a_step_to_its_teachers_and_their_student(tmp_path):
+    """The recipe as it comes along, but with tasks that need no extra, and few."""
+    changes = ["tasks.sums={domain='arithmetic', options={digits=[1]}}", "tasks.letters={domain='maze'}"]
+    short = {"steps": 1, "groups": 1, "group_size": 2, "max_tokens": 8}
+    for part in ("teachers.sums", "teachers.letters", "mopd"):
+        changes += [f"{part}.{key}={value}" for key, value in short.items()]
+    changes += ["evaluate.tasks=1", "evaluate.max_tokens=8"]
+    out = run(load_recipe("smol-mopd", changes), tmp_path / "out", say=lambda _: None)
+    (step,) = [json.loads(line) for line in (out / "mopd" / "metrics.jsonl").read_text().splitlines()]
+    assert step["tokens"] > 0
+    assert 0 < step["train_infer_diff/kl"] < 0.1  # rollouts in bf16, training in float32
+    assert abs(step["mopd/reverse_kl"]) < 0.1  # a step from the same model
+    assert json.loads((out / "summary.json").read_text())["domains"].keys() == {"sums", "letters"}

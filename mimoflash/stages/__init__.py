@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from mimoflash.recipe import AnyRecipe, HeadsRecipe, PostTrainingRecipe, Recipe
+from mimoflash.recipe import AnyRecipe, ComparisonRecipe, HeadsRecipe, PostTrainingRecipe, Recipe
 from mimoflash.run_folder import Say
-from mimoflash.stages import evaluation, mtp_layers, new_model, post_training
+from mimoflash.stages import comparison, evaluation, mtp_layers, new_model, post_training
 
 Stage = Callable[[Any, Say], dict[str, Any]]
 
@@ -18,6 +18,7 @@ _STAGES: dict[type[AnyRecipe], dict[str, Stage]] = {
         "tokenizer": new_model.make_tokenizer, "pretrain": new_model.pretrain, "sft": new_model.sft, **_POST_TRAINING,
     },
     PostTrainingRecipe: _POST_TRAINING,
+    ComparisonRecipe: {"tune": comparison.tune, "compare": comparison.compare},
     HeadsRecipe: {
         "generate": mtp_layers.generate, "first": mtp_layers.first, "mtp": mtp_layers.mtp,
         "evaluate": mtp_layers.evaluate,

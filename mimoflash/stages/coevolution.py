@@ -61,10 +61,10 @@ def _gain(before: Scored, after: Scored) -> tuple[float, float]:
 
 def _score(this: TrainingRun, model: Path) -> Scored:
     engine, domains = engine_of(this, model), this.recipe.domains()
-    first, samples = this.recipe.evaluate.tasks, this.recipe.evaluate.samples
+    asked, samples = this.recipe.evaluate.tasks, this.recipe.evaluate.samples
     rewards = {}
     for name in this.recipe.teachers or {}:
-        rollouts = play_held_out(this, engine, name, domains[name], first=first, tasks=VALIDATION_TASKS)
+        rollouts = play_held_out(this, engine, name, domains[name], behind=asked, tasks=VALIDATION_TASKS)
         played = [rollout.reward for rollout in rollouts]
         rewards[name] = [mean(played[at : at + samples]) for at in range(0, len(played), samples)]
     return Scored(model, rewards)

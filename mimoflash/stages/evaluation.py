@@ -73,11 +73,12 @@ def _models(this: TrainingRun) -> list[tuple[str, Path, list[str]]]:
 
 
 def play_held_out(
-    this: TrainingRun, engine: Engine, name: str, domain: Domain, *, first: int = 0, tasks: int = 0
+    this: TrainingRun, engine: Engine, name: str, domain: Domain, *, behind: int = 0, tasks: int = 0
 ) -> list[Rollout]:
-    """Held-out tasks of a domain from the `first` on, as `evaluate` asks them (so many, if `tasks` is not given), with
-    the turns that its teacher has. Raises ValueError where its environment breaks each time."""
+    """Held-out tasks of a domain as `evaluate` asks them, with the turns that its teacher has: the same ones, or
+    `tasks` that are so many `behind` its first. Raises ValueError where its environment breaks each time."""
     asked, taught = this.recipe.evaluate, (this.recipe.teachers or {}).get(name)
+    first = asked.first + behind
     chosen = islice(seeds(domain, "held_out"), first, first + (tasks or asked.tasks))
     each = [seed for seed in chosen for _ in range(asked.samples)]
     params = SamplingParams(max_tokens=asked.max_tokens, temperature=asked.temperature, seed=0)
