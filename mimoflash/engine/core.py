@@ -10,6 +10,7 @@ import numpy as np
 
 from mimoflash.config import ModelConfig
 from mimoflash.engine.params import SamplingParams
+from mimoflash.engine.prompt_scores import most_rows, record
 from mimoflash.engine.request import Event, FinishReason, NewTokens, Request, Routes
 from mimoflash.engine.row_state import RowState
 from mimoflash.engine.runner import NO_FILL, RECENT, DraftNoise, Ints, Runner, Step
@@ -36,6 +37,7 @@ class Core:
     def __init__(self, config: ModelConfig, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer | None):
         self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
         self.vocab_size = config.vocab_size
+        scheduler.score_rows = most_rows(config.vocab_size)
         self.stop_ids = _stop_ids(config, tokenizer)
         self.sampler = Sampler()
         self.lengths = DraftLength(runner.cache.drafts)
@@ -86,7 +88,10 @@ class Core:
         logits, routes = self.runner.forward(step)
         readers = [request for request, count in plan.chunks if count == request.pending]
         states = [request.state for request in plan.decodes + readers]
-        taken = self.sampler.pick(logits, states, [*drafts, *[()] * len(readers)])
+        picked = len(states) + sum(map(len, drafts))
+        if plan.scores:
+            record(plan.scores, logits[picked:])
+        taken = self.sampler.pick(logits[:picked], states, [*drafts, *[()] * len(readers)])
         if not plan.chunks:
             self.lengths.record_step(len(step.tokens), time.perf_counter() - start)
         self.totals.passes += 1
@@ -268,6 +273,7 @@ def _step(plan: Plan, drafts: list[list[int]], lookahead: int, window: int) -> S
         tokens.append(request.text[-1])
         tokens += draft
     rows = list(range(len(tokens)))
+    scored: list[int] = []  # rows, too: after those that tokens are picked from
     ahead: list[list[int]] = [[NO_FILL] * lookahead] * len(slots)
     for request, count in plan.chunks:
         end = request.run + count
@@ -277,10 +283,11 @@ def _step(plan: Plan, drafts: list[list[int]], lookahead: int, window: int) -> S
         tokens += request.text[request.run : end]
         if count == request.pending:
             rows.append(len(tokens) - 1)
+        scored += [len(tokens) - end + position for position in plan.scores.get(request, ())]
         known = request.text[end : end + lookahead] if end > len(request.text) - window else [NO_FILL]
         ahead.append(known + [-1] * (lookahead - len(known)))
     shown = np.array(ahead, np.int32) if plan.chunks and lookahead else None
-    return Step(_ints(slots), _ints(starts), _ints(counts), _ints(tokens), _ints(rows), shown)
+    return Step(_ints(slots), _ints(starts), _ints(counts), _ints(tokens), _ints(rows + scored), shown)
 
 
 def _ints(values: list[int]) -> Ints:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, TypeVar
@@ -107,21 +107,24 @@ class Engine:
 
     async def events(
         self, prompt: Sequence[int], params: SamplingParams | None = None, *, priority: int = 0,
-        deadline: float | None = None,
-    ) -> AsyncIterator[Event]:
-        """NewTokens as they come, then the Output. Closing the iterator (`aclose`) cancels the request. Arguments as
-        in `submit`. The passes run in a thread of their own, as long as there are requests."""
+        deadline: float | None = None, gather: float = 0.0,
+    ) -> AsyncGenerator[Event, None]:
+        """NewTokens as they come, then the Output. Closing the iterator (`aclose`) cancels the request. With `gather`
+        what comes within so many seconds of the last ones waits and comes in one. Other arguments as in `submit`. The
+        passes run in a thread of their own, as long as there are requests."""
         count = 0
         with self._listening(prompt, params, priority, deadline, (NewTokens, Output)) as queue:
             while True:
-                event = await queue.get()
-                if isinstance(event, NewTokens):
-                    if event.start < count:
-                        continue  # once more, after an interrupt
-                    count += len(event.tokens)
-                yield event
-                if isinstance(event, Output):
-                    return
+                arrived = [await queue.get()]
+                while not queue.empty():
+                    arrived.append(queue.get_nowait())
+                for event in _joined(arrived, count):
+                    yield event
+                    if isinstance(event, Output):
+                        return
+                    count = event.start + len(event.tokens)
+                if gather:
+                    await asyncio.sleep(gather)
 
     async def answer(
         self, prompt: Sequence[int], params: SamplingParams | None = None, *, priority: int = 0,
@@ -311,6 +314,23 @@ class Engine:
             self.core.fail(error)
 
         self._turns.run(end_all)
+
+
+def _joined(events: Sequence[Event], count: int) -> Iterator[Event]:
+    """As one what is new after `count` tokens; after an interrupt the engine says some of it once more."""
+    new = NewTokens([], [], [], count)
+    for event in events:
+        if isinstance(event, Output):
+            if new.tokens:
+                yield new
+            yield event
+            return
+        if event.start == count + len(new.tokens):
+            new.tokens.extend(event.tokens)
+            new.logprobs.extend(event.logprobs)
+            new.top_logprobs.extend(event.top_logprobs)
+    if new.tokens:
+        yield new
 
 
 def _fitting(model: Transformer, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

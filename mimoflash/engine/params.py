@@ -21,7 +21,9 @@ class SamplingParams:
     the tokens that follow a prompt, whatever runs beside it (None: others each time); other prompts draw independently
     by it. `stop`: strings that end the text, `stop_token_ids`: more tokens that do; `ignore_stop_tokens` goes on past
     the tokenizer's and the model's end tokens. `grammar`: what is generated follows it. `top_logprobs`: so many of the
-    likeliest tokens are reported at each position. None for a bias or for stops means none.
+    likeliest tokens are reported at each position. `prompt_logprobs`: the prompt's log-probabilities are reported, each
+    beside those of so many likeliest tokens (0: alone; None: not at all); the whole prompt is run for them. None for a
+    bias or for stops means none.
     """
 
     max_tokens: int = 256
@@ -39,6 +41,7 @@ class SamplingParams:
     ignore_stop_tokens: bool = False
     grammar: Grammar | None = None
     top_logprobs: int = 0
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, (kind, is_allowed, allowed) in _FIELDS.items():
@@ -89,4 +92,5 @@ _FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "frequency_penalty": (Real, math.isfinite, "finite (0: none)"),
     "seed": (Integral | None, lambda n: n is None or 0 <= n < 2**64, "None, or an integer from 0 to 2**64 - 1"),
     "top_logprobs": (Integral, lambda n: n >= 0, "an integer of at least 0"),
+    "prompt_logprobs": (Integral | None, lambda n: n is None or n >= 0, "None, or an integer of at least 0"),
 }

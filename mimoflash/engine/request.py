@@ -16,6 +16,7 @@ from mimoflash.engine.sampling import RowState
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 Routes = NDArray[np.integer[Any]]  # uint8, or int16 where there are more than 256 experts
 TopLogprobs = tuple[tuple[int, float], ...]
+PromptLogprob = tuple[float, TopLogprobs] | None  # None for the first token: nothing comes before it
 
 
 @dataclass
@@ -26,7 +27,9 @@ class Output:
     under what it was sampled from, `top_logprobs` the (token, logprob) pairs asked for. `routes` (positions run, MoE
     layers, experts per token): prompt and all generated tokens but the last. `accept_length`: mean tokens gained by a
     verification of drafts, 1.0 without any. `cached_tokens`: of the prompt, those kept from an earlier turn.
-    `error` says why finish_reason is "error".
+    `error` says why finish_reason is "error". `prompt_logprobs`, where asked for: each prompt token's logprob under the
+    model and the (token, logprob) pairs of the likeliest in its place; only the first ones where the request ended
+    before its prompt had run.
     """
 
     tokens: list[int]
@@ -39,6 +42,7 @@ class Output:
     prompt_tokens: int
     cached_tokens: int
     error: str | None = None
+    prompt_logprobs: list[PromptLogprob] | None = None
 
 
 class NewTokens(NamedTuple):
@@ -60,7 +64,7 @@ class Request:
     slot. `deadline` is a time.monotonic(); `limit` is the most tokens that may be generated. `sink` takes the events.
     Preemption takes the slot; the rest stays. `settled`: so many generated tokens are known with all that belongs to
     them, and so the request ends after them; it is set in one go, so that an interrupt comes before or after it. `sent`
-    of them have gone to the sink.
+    of them have gone to the sink. What `prompt_logprobs` holds is known for good.
     """
 
     text: list[int]
@@ -76,6 +80,7 @@ class Request:
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprob] = field(default_factory=lambda: [None])  # more only where asked for
     settled: tuple[int, FinishReason | None] = (0, None)
     sent: int = 0
     finish_reason: FinishReason | None = None
@@ -105,6 +110,11 @@ class Request:
         return len(self.text) - self.prompt_tokens
 
     @property
+    def is_unscored(self) -> bool:
+        """Log-probabilities of its prompt are asked for and not all known: it has to run from its start."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_tokens
+
+    @property
     def settled_tokens(self) -> list[int]:
         """Those that are generated for good: whatever happens, others only follow them."""
         return self.text[self.prompt_tokens : self.prompt_tokens + self.settled[0]]
@@ -129,4 +139,5 @@ class Request:
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             error=self.error,
+            prompt_logprobs=None if self.params.prompt_logprobs is None else self.prompt_logprobs,
         )

@@ -28,9 +28,11 @@ class Conversations:
     def keep(self, request: Request) -> None:
         self.kept[request] = None
 
-    def find(self, prompt: Sequence[int]) -> tuple[Request | None, int]:
-        """The conversation that spares most of the prompt, and how many of its positions."""
-        found = [(request, length) for request in self.kept if (length := self._usable(request, prompt))]
+    def find(self, request: Request) -> tuple[Request | None, int]:
+        """The conversation that spares most of the request's text, and how many of its positions."""
+        if request.is_unscored:
+            return None, 0
+        found = [(earlier, length) for earlier in self.kept if (length := self._usable(earlier, request.text))]
         return max(found, key=lambda each: each[1], default=(None, 0))
 
     def _usable(self, request: Request, prompt: Sequence[int]) -> int:
@@ -98,6 +100,8 @@ class SharedPrefixes:
         """The blocks that the request's prompt begins with; one token at least is left to run."""
         if not request.keys:
             request.keys = list(_keys(request.text[: request.prompt_tokens]))
+        if request.is_unscored:  # others may go on from its blocks
+            return []
         keys = request.keys[: (len(request.text) - 1) // BLOCK]
         keys = list(itertools.takewhile(self.kept.__contains__, keys))
         self._touch(keys)

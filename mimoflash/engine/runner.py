@@ -28,7 +28,7 @@ class Step:
     the other. All arrays are int32.
 
     A start may lie before the end of the sequence's last pass: rejected drafts are run over. Start 0 begins a text.
-    `logits_rows` (N,): those of the T tokens whose logits are wanted. `lookahead` (S, drafts): the prompt's tokens
+    `logits_rows` (N,): tokens, in any order, whose logits are wanted. `lookahead` (S, drafts): the prompt's tokens
     after each sequence's last one here, -1 where unknown; where given, the MTP layers are filled at these positions as
     far as tokens are known; NO_FILL in the first place: not for this sequence (it decodes, or the window is far).
     """

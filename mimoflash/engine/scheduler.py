@@ -10,6 +10,7 @@ from itertools import takewhile
 import numpy as np
 
 from mimoflash.engine.cache import HybridCache
+from mimoflash.engine.prompt_scores import fitting, scored_positions
 from mimoflash.engine.request import FinishReason, Request, Routes
 from mimoflash.engine.reuse import BLOCK, Conversations, Prefix, SharedPrefixes
 
@@ -19,11 +20,13 @@ PREFILL_TOKENS = 512  # of prompts in a pass: those that decode beside wait no l
 @dataclass
 class Plan:
     """`decodes`: requests with one token to run, and how many drafts each may add; `chunks`: requests that read their
-    prompts, and how many tokens of them. All have the pages that they need."""
+    prompts, and how many tokens of them; `scores`: positions in these whose logits tell the prompts' log-probabilities.
+    All have the pages that they need."""
 
     decodes: list[Request] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
     chunks: list[tuple[Request, int]] = field(default_factory=list)
+    scores: dict[Request, range] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -40,6 +43,7 @@ class Scheduler:
         self.conversations = Conversations(cache)
         self.prefixes = SharedPrefixes(cache) if share_prefixes else None
         self.blocked: Request | None = None  # the one that found no room in the last pass
+        self.score_rows = 1  # of logits in a pass, for prompts' log-probabilities; set by who knows their size
         self.preemptions = self.tokens_reused = 0
 
     def add(self, request: Request) -> None:
@@ -116,6 +120,8 @@ class Scheduler:
         self.running.clear()
         for request in self.requests:  # also those that waited: nothing changes for them
             request.slot, request.run, request.snapshot = -1, 0, None
+            if request.is_unscored and request.finish_reason is None:
+                request.prompt_logprobs = [None]  # the weights may be others now: all are told by the same
         self.waiting = sorted((request.order, request) for request in self.requests)
         self.deadlines = sorted((r.deadline, r.arrival, r) for r in self.requests if r.deadline is not None)
 
@@ -142,7 +148,12 @@ class Scheduler:
                 count = min(count, request.prompt_tokens - request.run)
             if self.prefixes:
                 count = min(count, BLOCK - request.run % BLOCK)
-        plan.chunks.append((request, count))
+        if request.is_unscored:
+            count = fitting(request, count, self.score_rows - sum(map(len, plan.scores.values())))
+            if positions := scored_positions(request, count):
+                plan.scores[request] = positions
+        if count:  # else those before it have all the rows of this pass
+            plan.chunks.append((request, count))
         return count
 
     def _next_waiting(self) -> Request | None:
@@ -156,7 +167,7 @@ class Scheduler:
     def _admit(self, request: Request) -> bool:
         """A slot and pages for the request's text, and one more for each that runs: so that it is not the next to give
         them up. False where there is not enough, even without what is kept of finished requests."""
-        earlier, length = self.conversations.find(request.text)
+        earlier, length = self.conversations.find(request)
         blocks: list[Prefix] = []
         if earlier is not None:
             self.conversations.kept.pop(earlier)  # not to be dropped now

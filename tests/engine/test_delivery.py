@@ -50,6 +50,27 @@ def test_many_at_once_get_what_generate_gives(model):
     engine.close()
 
 
+def test_what_comes_within_a_moment_comes_in_one(model):
+    engine = Engine(model, speculate=2)
+    want = Engine(model).generate([[1, 2, 3]], params(4))[0]
+    counts = []
+
+    async def counted():
+        counts.append(0)
+        async for event in engine.events([1, 2, 3], params(4), gather=30.0):
+            counts[0] += isinstance(event, NewTokens)
+            break  # the first does not wait
+        output = await collect(engine, [1, 2, 3], params(4), gather=0.2)
+        assert output.tokens == want.tokens
+        events = [event async for event in engine.events([1, 2, 3], params(4), gather=0.2)]
+        counts.append(len(events))
+
+    asyncio.run(counted())
+    engine.close()
+    assert counts[0] == 1
+    assert counts[1] <= 4  # twenty tokens take less than two moments
+
+
 def test_the_loop_goes_on_while_a_pass_runs(model):
     engine, started, release = Engine(model), threading.Event(), threading.Event()
     forward = engine.runner.forward
