@@ -137,6 +137,46 @@ def chat(
 
 
 @app.command()
+def serve(
+    models: Annotated[
+        list[str], typer.Argument(help="As for chat; NAME=MODEL is what clients call it.", metavar="MODEL...")
+    ],
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for all the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="Asked of clients; may be given again.", envvar="MIMOFLASH_API_KEY")
+    ] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="A site whose pages may call this server; may be given again.")
+    ] = None,
+    dtype: Dtype = None, speculate: Speculate = None,
+    max_running: Annotated[int, typer.Option(help="Answers that the engine runs at a time.", min=1)] = 64,
+    capacity: Annotated[int, typer.Option(help="Of these and those that wait; what is over it gets 429.", min=1)] = 256,
+    max_loaded: Annotated[int, typer.Option(help="Models in memory at a time.", min=1)] = 2,
+    drain: Annotated[int, typer.Option(help="Seconds that answers have after SIGTERM.", min=0)] = 30,
+    store: Annotated[
+        str | None, typer.Option(help="A file for conversations of /v1/responses; else they end with the server.")
+    ] = None,
+    log_json: Annotated[bool, typer.Option(help="The log as JSON lines.")] = False,
+) -> None:
+    """Serve models by the APIs of OpenAI and Anthropic, and a page to talk to them."""
+    with _user_errors():
+        from functools import partial
+
+        from mimoflash.models import find_model, open_engine
+        from mimoflash.serve import MEMORY, ServerSettings, named, run_server
+
+        places = named(models)
+        for place in places.values():
+            find_model(place)  # what is not there is said before anything starts
+        opener = partial(open_engine, dtype=dtype, speculate=speculate, max_running=max_running, share_prefixes=True)
+        settings = ServerSettings(
+            api_key or (), cors or (), capacity=capacity, most_loaded=max_loaded, store=store or MEMORY
+        )
+        run_server(places, opener, settings, host=host, port=port, drain=drain, log_json=log_json)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A model, as for chat.")],
     target: Annotated[Path, typer.Argument(help="The folder or .gguf file to write.")],
@@ -198,6 +238,25 @@ def bench_decode(
         bench(
             shape, peer=peer, dtype=dtype, streams=streams, contexts=context or [], speculate=speculate,
             tokens=tokens, pairs=pairs, prompts=prompts, json_file=json_file, say=typer.echo,
+        )
+
+
+@bench_app.command("serve")
+def bench_serve(
+    shape: Shape = "nano", dtype: BenchDtype = None,
+    streams: Annotated[int, typer.Option(help="Requests in flight at once.")] = 16,
+    context: Annotated[list[int] | None, typer.Option(help="As in decode.")] = None,
+    speculate: Annotated[int, typer.Option(help="As in decode.")] = 0,
+    tokens: Annotated[int, typer.Option(help="At most so many new tokens a request.")] = 128,
+    pairs: Pairs = 5, json_file: Json = None,
+) -> None:
+    """Tokens a second of streams by HTTP, and the ratio to the engine without the server."""
+    with _user_errors():
+        from mimoflash.benchmarks.decode import bench_decode as bench
+
+        bench(
+            shape, peer=None, dtype=dtype, streams=streams, contexts=context or [], speculate=speculate,
+            tokens=tokens, pairs=pairs, served=True, json_file=json_file, say=typer.echo,
         )
 
 

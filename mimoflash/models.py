@@ -32,16 +32,22 @@ def open_model(name: str, *, dtype: torch.dtype | str | None = None, device: str
     return model
 
 
-def open_engine(name: str, *, dtype: str | None = None, speculate: int | None = None) -> Engine:
+def open_engine(
+    name: str, *, dtype: str | None = None, speculate: int | None = None, max_running: int = 64,
+    share_prefixes: bool = False,
+) -> Engine:
     """An engine for the model that `name` means (see `find_model`), with its tokenizer. By default all its MTP layers
     draft, and weights are as they are stored (see `stored_dtype`); in float32 where the machine is slow at what they
-    are. Raises ValueError as Engine does."""
+    are. `max_running`, `share_prefixes` and errors: see Engine."""
     place = find_model(name)
     slow = not _has_kernels() and fastest_dtype(DEVICE) == torch.float32
     model = open_model(name, dtype="float32" if slow else None, device=DEVICE)
     if speculate is None:
         speculate = min(model.config.num_nextn_predict_layers, 3)
-    return Engine(model, load_tokenizer(place), speculate=speculate, dtype=dtype or stored_dtype(place))
+    return Engine(
+        model, load_tokenizer(place), speculate=speculate, dtype=dtype or stored_dtype(place), max_running=max_running,
+        share_prefixes=share_prefixes,
+    )
 
 
 def stored_dtype(place: Path) -> str | None:

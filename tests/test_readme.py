@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from scripted import ScriptedEngine, served
 
 from mimoflash.checkpoint import save_model
 from mimoflash.cli import app
@@ -38,7 +39,15 @@ def test_there_are_commands():
     assert len(COMMANDS) >= 5
 
 
-def test_the_programs_run(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def server():
+    """What `mimoflash serve runs/demo` would be."""
+    engine = ScriptedEngine(train_tokenizer(["What is 3 + 4?"] * 9, 300), lambda _: "<think>3 + 4</think>7")
+    with served({"demo": engine}) as url:
+        yield url
+
+
+def test_the_programs_run(tmp_path, monkeypatch, capsys, server):
     tokenizer = train_tokenizer(["What is 3 + 4?"] * 9, 300)
     config = ModelConfig.tiny(vocab_size=-(-tokenizer.vocab_size // 64) * 64, num_nextn_predict_layers=3)
     save_model(Transformer(config), tmp_path / "model", tokenizer=tokenizer)
@@ -48,7 +57,11 @@ def test_the_programs_run(tmp_path, monkeypatch, capsys):
         if file := re.match(r"# (\w+\.py)\n", program):
             Path(file[1]).write_text(program)
         else:
+            program = program.replace("http://127.0.0.1:8000", server)
             exec(program.replace("runs/demo/sft/model", str(tmp_path / "model")), names)
+    assert (names["answer"].choices[0].message.reasoning_content, names["answer"].choices[0].message.content) == (
+        "3 + 4", "7"
+    )
     assert len(names["drafts"]) == 3
     assert names["outputs"][0].tokens
     assert capsys.readouterr().out.split() == ["1", "0.0", "2", "0.0"]

@@ -13,7 +13,7 @@ from mimoflash.config import ModelConfig
 
 def bench_decode(
     shape: str, *, peer: str | None, dtype: str | None, streams: int, contexts: Sequence[int], speculate: int,
-    tokens: int, pairs: int, prompts: Path | None = None, json_file: Path | None = None,
+    tokens: int, pairs: int, prompts: Path | None = None, served: bool = False, json_file: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Decodes `tokens` tokens, `streams` at once, by our engine and the peer, `pairs` times in turn; a result for each
@@ -22,11 +22,12 @@ def bench_decode(
     `shape`: one that comes along, a config.json (random weights from a fixed seed), or a model. `dtype`: of the
     weights; None: float32, for the embedded model int4. `contexts`: positions of random prompts; none: the model's own
     questions (or `prompts`, a file), which each side answers until its end token. In float32 the read bandwidth is
-    measured between the pairs, and the share of it that one stream uses. Raises ValueError for what cannot be measured,
+    measured between the pairs, and the share of it that one stream uses. `served`: ours answers by HTTP, and is
+    compared with the same engine without. Raises ValueError for what cannot be measured,
     with what can; ImportError where the peer is not installed.
     """
     dtype = dtype or default_dtype(shape)
-    task = Task(shape, peer, dtype, streams, contexts, speculate, tokens, pairs, prompts)
+    task = Task(shape, peer, dtype, streams, contexts, speculate, tokens, pairs, prompts, served)
     if tokens < 2:
         raise ValueError(f"--tokens is {tokens}: decoding is what comes after the first one, so at least 2 are needed")
     results: list[dict[str, Any]] = []
@@ -34,7 +35,7 @@ def bench_decode(
         config = opened.subject.config
         own: list[int | None] = [None]
         for context in contexts or own:
-            read = streams == 1 and not speculate and dtype == "float32"
+            read = streams == 1 and not (speculate or served) and dtype == "float32"
             result = opened.compare(decode_rate, context, say, read=read)
             if speculate:
                 say(f"  accept length {_length(result['accept_length'])}; {_length(result['peer_accept_length'])}")

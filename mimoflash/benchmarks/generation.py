@@ -34,6 +34,7 @@ class Task:
     tokens: int
     pairs: int
     prompts: Path | None = None
+    served: bool = False  # ours answers by HTTP; the peer is the same engine without
 
     def check(self) -> None:
         """ValueError, with what is possible, for values out of range and what the peer cannot do."""
@@ -77,7 +78,7 @@ class Opened:
             say(f"context {context:,}")
         results = run_in_turn({name: partial(measure, name) for name in self.sides}, self.task.pairs, say, "tok/s")
         result = compare(results["ours"], results.get("peer", [])) | self._described(results)
-        say(described(result, self.task.peer))
+        say(described(result, "the engine itself" if self.task.served else self.task.peer))
         if F16_CACHE in results:
             result["peer_f16_cache"] = compare(results["ours"], results[F16_CACHE])
             say(f"  {result['peer_f16_cache']['ratio']:.2f} x {self.task.peer} with a float16 cache")
@@ -119,7 +120,9 @@ def open_sides(task: Task) -> Iterator[Opened]:
             "positions": max(map(len, subject.prompts or [[0] * (longest or CONTEXT)])) + task.tokens + SPARE,
         }
         sides = {"ours": settings | {"side": "ours"}}
-        if task.peer == "llama.cpp":
+        if task.served:
+            sides = {"ours": settings | {"side": "served"}, "peer": settings | {"side": "ours"}}
+        elif task.peer == "llama.cpp":
             file = str(gguf_file(subject, task.dtype, scratch))
             exact = task.dtype == "float32"
             sides["peer"] = settings | {"side": task.peer, "file": file, "float32_cache": exact}

@@ -205,9 +205,17 @@ def read_rate(seconds: float = 1.0, size: int = 1 << 30) -> float:
     raise AssertionError("the cycle does not end")
 
 
+def _runner(side: str) -> Callable[[dict[str, Any]], Runner]:
+    if side == "served":
+        from mimoflash.benchmarks.serving import Served  # which is one of ours
+
+        return Served
+    return RUNNERS[side]
+
+
 def _open_side(settings: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     torch.set_num_threads(settings["threads"])
-    runner = RUNNERS[settings["side"]](settings)
+    runner = _runner(settings["side"])(settings)
 
     def answer(prompts: list[list[int]] | None = None, tokens: int = 0) -> dict[str, Any]:
         if prompts is None:

@@ -62,13 +62,16 @@ class Grammar:
         return cls(source)
 
     @classmethod
-    def tools(cls, tools: Sequence[Mapping[str, Any]], choice: str = "auto", prompt: str = "") -> "Grammar":
+    def tools(
+        cls, tools: Sequence[Mapping[str, Any]], choice: str = "auto", prompt: str = "", *, parallel: bool = True
+    ) -> "Grammar":
         """Tool calls as the family writes them, `tools` as in OpenAI's API.
 
         `choice`: "auto" leaves free whether and where in the text calls come, "required" wants one or more and nothing
         else, a tool's name one or more of that tool. Names, types, enums and the JSON of containers are enforced,
-        required parameters come once, others at most once, in any order; a string is any text. `prompt` says by its
-        end, as for `ChatParser`, whether reasoning is open (it must be closed), closed, or may be opened first.
+        required parameters come once, others at most once, in any order; a string is any text. Without `parallel` a
+        call that has to come is the only one. `prompt` says by its end, as for `ChatParser`, whether reasoning is open
+        (it must be closed), closed, or may be opened first.
         """
         functions = {tool.get("function", tool)["name"]: tool.get("function", tool) for tool in tools}
         if choice not in ("auto", "required", *functions):
@@ -77,11 +80,16 @@ class Grammar:
             raise ValueError("tools is empty: a grammar of tool calls needs one")
         chosen = [function for name, function in functions.items() if choice in ("auto", "required", name)]
         first = _after_reasoning(prompt, "thought GAP? call | opening body", "call")  # a call ends reasoning as well
-        start = "(opening body)* text" if choice == "auto" else f"({first}) (GAP? call)* GAP?"
+        required = f"({first}) (GAP? call)* GAP?" if parallel else first
+        start = "(opening body)* text" if choice == "auto" else required
         options = " | ".join(f"function_{i}" for i in range(len(chosen)))
         rules = [f"start: {start}", f"body: NEWLINE? ({options}) NEWLINE? {_quote(END_CALL)}", _CALLS, _THOUGHT]
         for i, function in enumerate(chosen):
-            rules += _function_rules(f"function_{i}", function)
+            try:
+                rules += _function_rules(f"function_{i}", function)
+            except (TypeError, AttributeError, KeyError, RecursionError) as error:
+                reason = "it contains itself" if isinstance(error, RecursionError) else "it is no JSON schema"
+                raise ValueError(f"the parameters of {function['name']} cannot be enforced: {reason}") from error
         return cls(_checked("\n".join(rules)))
 
     def start(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int]) -> "GrammarState":

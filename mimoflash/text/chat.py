@@ -32,16 +32,17 @@ def render_chat(
     generation_prompt: bool = True,
     enable_thinking: bool = False,
     keep_all_reasoning: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of a conversation, by a tokenizer's template, by a template's source, or (None) by ours.
 
     `generation_prompt` opens the assistant's next turn. `keep_all_reasoning` writes the reasoning of turns before the
-    last user message too. Raises ValueError for what the template refuses, for content that is not text, and for
-    arguments that are not an object.
+    last user message too. `variables`: more that a checkpoint's own template knows. Raises ValueError for what the
+    template refuses, for content that is not text, and for arguments that are not an object.
     """
     marked = _render(
         tokenizer_or_template, messages, tools, generation_prompt=generation_prompt,
-        enable_thinking=enable_thinking, keep_all_reasoning=keep_all_reasoning,
+        **{**(variables or {}), "enable_thinking": enable_thinking, "keep_all_reasoning": keep_all_reasoning},
     )
     return "".join(text for text, _ in _spans(marked))
 
@@ -62,7 +63,7 @@ def encode_training_chat(
     generated answer have. A template without `{% generation %}` tags is rendered turn by turn: ValueError where that
     changes the turns before.
     """
-    options = {"enable_thinking": enable_thinking, "keep_all_reasoning": keep_all_reasoning}
+    options: dict[str, Any] = {"enable_thinking": enable_thinking, "keep_all_reasoning": keep_all_reasoning}
     if re.search(r"\{%[-+]?\s*generation\b", tokenizer.template):
         spans = list(_spans(_render(tokenizer, messages, tools, generation_prompt=False, **options)))
     else:
@@ -76,7 +77,7 @@ def encode_training_chat(
 
 
 def _spans_by_prefix(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None, options: dict[str, bool]
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None, options: dict[str, Any]
 ) -> Iterator[tuple[str, bool]]:
     """(text, written by the assistant) spans of a template without marks: an answer is what its turn adds."""
     done = ""
@@ -109,7 +110,7 @@ def _render(
     tools: Sequence[Tool] | None,
     *,
     generation_prompt: bool,
-    **options: bool,
+    **options: Any,
 ) -> str:
     """The rendered text with `_OPEN` and `_CLOSE` around what the assistant wrote."""
     tokens = {}
@@ -118,11 +119,12 @@ def _render(
     template = source.template if isinstance(source, Tokenizer) else FAMILY_TEMPLATE if source is None else source
     try:
         return _compile(template).render(
-            messages=[_plain_message(message) for message in messages],
-            tools=list(tools) if tools else None,
-            add_generation_prompt=generation_prompt,
-            **options,
-            **tokens,
+            **{
+                **options, **tokens,
+                "messages": [_plain_message(message) for message in messages],
+                "tools": list(tools) if tools else None,
+                "add_generation_prompt": generation_prompt,
+            }
         )
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses this conversation: {error}") from error

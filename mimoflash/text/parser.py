@@ -100,6 +100,11 @@ class ChatParser:
             "tool_calls": list(self._calls),
         }
 
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether what has come so far ends within the reasoning."""
+        return self._state in (self._in_reasoning, self._in_call_of_reasoning)
+
     # States. Each takes what it understands off the buffer; False: it needs more text.
 
     def _start(self) -> bool:
