@@ -5,16 +5,30 @@ from pathlib import Path
 import pytest
 import torch
 
-import mimoflash.text as text_room
 from mimoflash.checkpoint import save_gguf
 from mimoflash.config import DENSE, GLOBAL, ModelConfig
 from mimoflash.model import Transformer
 from mimoflash.text import Tokenizer, train_tokenizer
 
+TEXT = """
+def render(messages, tools=None, *, thinking=False):
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            yield added(index, True), False
+            answer = added(index + 1, False)
+            end = max((answer.rfind(text) + len(text) for text in ends if text in answer), default=len(answer))
+            yield answer[:end], True
+    return "".join(text for text, _ in spans(marked))
+
+The assistant writes from the end of its header to the end of its turn. What the user said is read as it is; the answer
+that is cut off closes its conversation. The sum of the first odd numbers is a square, and so on, and so forth.
+"""
+
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer([file.read_text() for file in sorted(Path(text_room.__file__).parent.glob("*.py"))], 320)
+    """Of a text that does not change: what a random model says hangs on every merge."""
+    return train_tokenizer([TEXT], 320)
 
 
 @pytest.fixture
