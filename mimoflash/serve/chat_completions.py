@@ -19,6 +19,7 @@ from mimoflash.serve.registry import Served
 from mimoflash.serve.respond import STREAMED, Frames, frame, respond, side_by_side
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # the family's own
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
 DONE = "data: [DONE]\n\n"
 
 router = APIRouter()
@@ -111,7 +112,7 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 def logprob_of(token: Token) -> dict[str, Any]:
     def one(text: bytes, logprob: float) -> dict[str, Any]:
-        return {"token": text.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(text)}
+        return {"token": text.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(text)}
 
     return {**one(token.text, token.logprob), "top_logprobs": [one(*other) for other in token.likeliest]}
 

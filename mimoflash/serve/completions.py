@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from mimoflash.engine import NewTokens, Output, SamplingParams
-from mimoflash.serve.chat_completions import DONE, error_frame, nth_params, sampling_params, totals
+from mimoflash.serve.chat_completions import DONE, LEAST_LOGPROB, error_frame, nth_params, sampling_params, totals
 from mimoflash.serve.chat_schema import AnswerTimings, CompletionUsage, Count, Sampling, Text
 from mimoflash.serve.errors import ApiError
 from mimoflash.serve.generation import Finished, Timings, Usage, generate, noted
@@ -186,11 +186,12 @@ def _logprobs(rows: Sequence[tuple[int, float | None, Any]], top: int, tokenizer
     for text in texts:
         offsets.append(offsets[-1] + len(text))
     likeliest = [
-        {tokenizer.decode([other]): max(value, -9999.0) for other, value in row} if logprob is not None else None
+        {tokenizer.decode([other]): max(value, LEAST_LOGPROB) for other, value in row} if logprob is not None else None
         for _, logprob, row in rows
     ]
     return {
-        "tokens": texts, "token_logprobs": [None if value is None else max(value, -9999.0) for _, value, _ in rows],
+        "tokens": texts,
+        "token_logprobs": [None if value is None else max(value, LEAST_LOGPROB) for _, value, _ in rows],
         "top_logprobs": likeliest if top else None, "text_offset": offsets[:-1],
     }
 
@@ -200,9 +201,9 @@ def _place(token: int, place: Any, tokenizer: Tokenizer) -> dict[str, Any] | Non
     if place is None:
         return None
     logprob, likeliest = place
-    found = {token: {"logprob": max(logprob, -9999.0), "rank": None, "decoded_token": tokenizer.decode([token])}}
+    found = {token: {"logprob": max(logprob, LEAST_LOGPROB), "rank": None, "decoded_token": tokenizer.decode([token])}}
     for rank, (other, value) in enumerate(likeliest, 1):
-        found[other] = {"logprob": max(value, -9999.0), "rank": rank, "decoded_token": tokenizer.decode([other])}
+        found[other] = {"logprob": max(value, LEAST_LOGPROB), "rank": rank, "decoded_token": tokenizer.decode([other])}
     return {str(other): known for other, known in found.items()}
 
 

@@ -150,34 +150,53 @@ def test_it_is_gone_on_where_it_was_cut_off(scripted_server, begun, end):
     assert scripted_server.engine.asked[0][0].endswith(f"<|im_start|>assistant\n{end}")
 
 
+LAMP = {  # nothing in it that a random model could go on with for ever
+    "type": "function",
+    "function": {
+        "name": "set_lamp",
+        "parameters": {
+            "type": "object", "properties": {"room": {"enum": ["hall", "attic"]}, "on": {"type": "boolean"}},
+            "required": ["room", "on"],
+        },
+    },
+}
+
+
 def test_a_random_model_calls_what_it_has_to(tiny_server):
     """The grammar's work: names, types and form are right whatever the weights are."""
-    ask = {"model": "tiny", "messages": USER, "tools": [WEATHER], "max_tokens": 400, "temperature": 1.0}
+    ask = {"model": "tiny", "messages": USER, "tools": [LAMP, WEATHER], "max_tokens": 400, "temperature": 1.0}
+    named = {"type": "function", "function": {"name": "set_lamp"}}
     for seed in range(3):
-        for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
-            chosen = client(tiny_server).chat.completions.create(**ask, seed=seed, tool_choice=choice).choices[0]
-            if chosen.finish_reason == "length":
-                continue  # a string without an end is in form
-            assert chosen.finish_reason == "tool_calls"
-            for call in chosen.message.tool_calls:
-                assert call.function.name == "get_weather"
-                arguments = json.loads(call.function.arguments)
-                assert isinstance(arguments["city"], str)
-                assert isinstance(arguments.get("days", 0), int)
+        chosen = client(tiny_server).chat.completions.create(
+            **ask, seed=seed, tool_choice=named, parallel_tool_calls=False
+        ).choices[0]
+        assert chosen.finish_reason == "tool_calls"
+        (call,) = chosen.message.tool_calls
+        assert call.function.name == "set_lamp"
+        arguments = json.loads(call.function.arguments)
+        assert arguments["room"] in ("hall", "attic")
+        assert isinstance(arguments["on"], bool)
+    only_lamp = ask | {"tools": [LAMP], "tool_choice": "required"}
+    chosen = client(tiny_server).chat.completions.create(**only_lamp, seed=0).choices[0]
+    assert chosen.message.tool_calls
+    assert {call.function.name for call in chosen.message.tool_calls} == {"set_lamp"}
 
 
 def test_a_random_model_writes_the_json_that_is_asked_for(tiny_server):
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}, "ok": {"type": "boolean"}},
               "required": ["n", "ok"], "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    finished = 0
     for seed in range(3):
         answer = client(tiny_server).chat.completions.create(
             model="tiny", messages=USER, response_format=form, seed=seed, max_tokens=200
         ).choices[0]
         if answer.finish_reason == "stop":
+            finished += 1
             value = json.loads(answer.message.content)
             assert value["n"] in (1, 2)
             assert isinstance(value["ok"], bool)
+    assert finished
 
 
 def test_the_same_seed_says_the_same_and_n_answers_differ(tiny_server):
