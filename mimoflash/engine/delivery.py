@@ -8,12 +8,15 @@ from mimoflash.engine.request import Event
 
 
 class Delivery:
-    """One event loop's: what several requests get in a step wakes the loop once."""
+    """One event loop's: what several requests get in a step wakes the loop once. With `gather` it is woken once in so
+    many seconds, for all of them; the first event after a silence does not wait."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
+    def __init__(self, loop: asyncio.AbstractEventLoop, gather: float = 0.0):
         self._loop = weakref.ref(loop)  # not to keep it alive: the engine has a Delivery as long as there is the loop
+        self._gather = gather
         self._sent: deque[tuple[asyncio.Queue[Event], Event]] = deque()
-        self._is_called = False
+        self._is_called = False  # it is going to look, now or when the moment is over
+        self._due = 0.0  # when that is, in the loop's time
 
     def send(self, queue: asyncio.Queue[Event], event: Event) -> None:
         """From any thread. What comes after its loop has closed is dropped."""
@@ -33,7 +36,16 @@ class Delivery:
                 raise
 
     def _deliver(self) -> None:
-        self._is_called = False  # before the queue is emptied: what comes from now on calls again
+        loop = self._loop()
+        assert loop is not None, "it is what runs this"
+        if self._gather:
+            if loop.time() < self._due - self._gather / 2:
+                return  # called twice; the other call is on its way
+            self._due = loop.time() + self._gather if self._sent else 0.0
+        if self._due:
+            loop.call_at(self._due, self._deliver)
+        else:
+            self._is_called = False  # before the queue is emptied: what comes from now on calls again
         while self._sent:
             queue, event = self._sent.popleft()
             queue.put_nowait(event)

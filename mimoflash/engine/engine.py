@@ -58,7 +58,8 @@ class Engine:
         self._inbox: deque[Request] = deque()  # submitted or cancelled; taken in by whoever's turn it is
         self._turns = Turns()  # at all but the inbox
         self._driver = Driver(self.step, self._fail, lambda: not self._inbox and not self.core.scheduler.requests)
-        self._deliveries: WeakKeyDictionary[asyncio.AbstractEventLoop, Delivery] = WeakKeyDictionary()
+        # by `gather`, too
+        self._deliveries: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[float, Delivery]] = WeakKeyDictionary()
         self._is_closed = False
 
     # -- what programs call ---------------------------------------------------------------------------------------
@@ -110,10 +111,11 @@ class Engine:
         deadline: float | None = None, gather: float = 0.0,
     ) -> AsyncGenerator[Event, None]:
         """NewTokens as they come, then the Output. Closing the iterator (`aclose`) cancels the request. With `gather`
-        what comes within so many seconds of the last ones waits and comes in one. Other arguments as in `submit`. The
-        passes run in a thread of their own, as long as there are requests."""
+        the loop is woken once in so many seconds, for all requests that ask for the same: what one of them gets in the
+        meantime comes in one. Other arguments as in `submit`. The passes run in a thread of their own, as long as there
+        are requests."""
         count = 0
-        with self._listening(prompt, params, priority, deadline, (NewTokens, Output)) as queue:
+        with self._listening(prompt, params, priority, deadline, (NewTokens, Output), gather) as queue:
             while True:
                 arrived = [await queue.get()]
                 while not queue.empty():
@@ -123,8 +125,6 @@ class Engine:
                     if isinstance(event, Output):
                         return
                     count = event.start + len(event.tokens)
-                if gather:
-                    await asyncio.sleep(gather)
 
     async def answer(
         self, prompt: Sequence[int], params: SamplingParams | None = None, *, priority: int = 0,
@@ -220,11 +220,11 @@ class Engine:
     @contextmanager
     def _listening(
         self, prompt: Sequence[int], params: SamplingParams | None, priority: int, deadline: float | None,
-        kinds: tuple[type, ...],
+        kinds: tuple[type, ...], gather: float = 0.0,
     ) -> Iterator[asyncio.Queue[Event]]:
         """A request's events of these kinds, on their way to the running event loop; it is cancelled at the end."""
         loop = asyncio.get_running_loop()
-        delivery = self._deliveries.setdefault(loop, Delivery(loop))
+        delivery = self._deliveries.setdefault(loop, {}).setdefault(gather, Delivery(loop, gather))
         queue: asyncio.Queue[Event] = asyncio.Queue()
 
         def sink(event: Event) -> None:

@@ -218,12 +218,73 @@ def test_events_wake_the_loop_once_a_step_and_a_closed_loop_does_no_harm():
     assert not delivery._sent
 
 
-def test_a_loop_that_is_over_is_not_kept(model):
+class Clock:
+    """A loop whose time a test moves on."""
+
+    def __init__(self):
+        self.now, self.calls = 0.0, []
+
+    def is_closed(self):
+        return False
+
+    def time(self):
+        return self.now
+
+    def call_soon_threadsafe(self, call):
+        self.call_at(self.now, call)
+
+    def call_at(self, when, call):
+        self.calls.append((when, call))
+
+    def go_to(self, time):
+        while due := [each for each in self.calls if each[0] <= time]:
+            first = min(due, key=lambda each: each[0])
+            self.calls.remove(first)
+            self.now = max(self.now, first[0])
+            first[1]()
+        self.now = time
+
+
+def test_a_moment_is_the_same_for_all_who_gather():
+    clock, one, other = Clock(), asyncio.Queue(), asyncio.Queue()
+    delivery, event = Delivery(clock, gather=2.0), NewTokens([1], [0.0], [])
+
+    def sent(time):
+        """To both; what they have then."""
+        clock.go_to(time)
+        delivery.send(one, event)
+        delivery.send(other, event)
+        clock.go_to(time)
+        return one.qsize(), other.qsize()
+
+    assert [sent(time) for time in (0, 0.5, 1.9, 2, 3, 4)] == [(1, 1), (1, 1), (1, 1), (3, 3), (3, 3), (5, 5)]
+    clock.go_to(20)
+    assert (one.qsize(), clock.calls) == (6, []), "nobody is woken where nothing comes"
+    assert sent(20) == (7, 7), "after a silence the first does not wait"
+
+
+def test_a_call_too_many_begins_no_second_row_of_moments():
+    clock, queue, sizes = Clock(), asyncio.Queue(), set()
+    delivery = Delivery(clock, gather=2.0)
+    for i in range(41):
+        clock.go_to(i / 2)
+        delivery.send(queue, NewTokens([1], [0.0], []))
+        if i in (1, 3):
+            clock.call_soon_threadsafe(delivery._deliver)  # as an interrupt may leave it
+            clock.go_to(i / 2)
+        sizes.add(queue.qsize())
+    assert len(sizes) <= 12, "ten moments in 20 s"
+    clock.go_to(30)
+    assert (queue.qsize(), clock.calls) == (41, [])
+
+
+@pytest.mark.parametrize("gather", [0.0, 0.05])
+def test_a_loop_that_is_over_is_not_kept(model, gather):
     engine, loops = Engine(model), []
 
     async def run():
         loops.append(weakref.ref(asyncio.get_running_loop()))
-        await collect(engine, [1, 2], params(0, 2))
+        await collect(engine, [1, 2], params(0, 2), gather=gather)
 
     for _ in range(3):
         asyncio.run(run())
