@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from mimoflash.serve.errors import ApiError
 from mimoflash.serve.gate import Gate
@@ -25,13 +26,14 @@ STREAMED: dict[int | str, dict[str, Any]] = {  # for the OpenAPI document
 }
 
 Frames = AsyncGenerator[str, None]
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 Item = TypeVar("Item")
 
 
 def frame(data: Mapping[str, Any], event: str | None = None) -> str:
     """A server-sent event."""
     head = f"event: {event}\n" if event else ""
-    return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"{head}data: {_compact(data)}\n\n"
 
 
 async def respond(
@@ -47,19 +49,20 @@ async def respond(
         stack.enter_context(gate.room_for(answers))
         served = await stack.enter_async_context(registry.using(model))
         if stream is None:
-            return JSONResponse(await _unless_gone(http, whole(served)))
+            return JSONResponse(await _unless_gone(http.receive, whole(served)))
         frames = await stack.enter_async_context(aclosing(stream(served)))
         first = asyncio.ensure_future(anext(frames, ""))
         stack.push_async_callback(_ended, first)
         await asyncio.wait({first}, timeout=HEADER_SECONDS)
         if first.done():
             first.result()
-        return EventStream(_with_pings(frames, first, error_frame), stack.pop_all())
+        return EventStream(_to_the_end(frames, first, error_frame), stack.pop_all())
     raise AssertionError("the stack swallows nothing")
 
 
 class EventStream(StreamingResponse):
-    """What the answer holds is let go of however the response ends, even before it has begun."""
+    """What the answer holds is let go of however the response ends, even before it has begun. A silence is broken by
+    pings. (Starlette's own __call__ cancels again and again, so that nothing can be ended in good order.)"""
 
     def __init__(self, frames: AsyncIterator[str], held: AsyncExitStack):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -67,31 +70,42 @@ class EventStream(StreamingResponse):
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        last = time.monotonic()  # that something was sent
+
+        async def told(message: Message) -> None:
+            nonlocal last
+            last = time.monotonic()
+            await send(message)
+
+        async def ping() -> None:
+            while True:
+                if (left := last + PING_SECONDS - time.monotonic()) <= 0:
+                    await told({"type": "http.response.body", "body": b": still at work\n\n", "more_body": True})
+                await asyncio.sleep(max(left, 0))
+
         async with self._held:
-            await super().__call__(scope, receive, send)
+            pings = asyncio.ensure_future(ping())
+            try:
+                with suppress(ApiError):  # nobody is there to be told
+                    await _unless_gone(receive, self.stream_response(told))
+            finally:
+                await _ended(pings)
 
 
-async def _with_pings(
+async def _to_the_end(
     frames: Frames, first: "asyncio.Future[str]", error_frame: Callable[[ApiError], str]
 ) -> AsyncIterator[str]:
-    coming = first
+    """All frames, and that of the error that ends them."""
     try:
-        while True:
-            done, _ = await asyncio.wait({coming}, timeout=PING_SECONDS)
-            if not done:
-                yield ": still at work\n\n"
-            elif text := coming.result():
+        if text := await first:
+            yield text
+            async for text in frames:
                 yield text
-                coming = asyncio.ensure_future(anext(frames, ""))
-            else:
-                return
     except ApiError as error:
         yield error_frame(error)
     except Exception as error:  # the status has been sent: the client is told within the stream
         failed(error)
         yield error_frame(ApiError(500, "the server failed: see its log"))
-    finally:
-        await _ended(coming)
 
 
 async def _ended(task: "asyncio.Future[Any]") -> None:
@@ -100,9 +114,9 @@ async def _ended(task: "asyncio.Future[Any]") -> None:
         await asyncio.wait({task})
 
 
-async def _unless_gone(http: Request, answer: Coroutine[Any, Any, Item]) -> Item:
+async def _unless_gone(receive: Receive, answer: Coroutine[Any, Any, Item]) -> Item:
     """What `answer` returns; it is cancelled where the client has closed the connection."""
-    task, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(http))
+    task, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -113,8 +127,8 @@ async def _unless_gone(http: Request, answer: Coroutine[Any, Any, Item]) -> Item
         await _ended(gone)
 
 
-async def _disconnected(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
