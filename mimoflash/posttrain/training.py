@@ -151,7 +151,7 @@ class Training:
             stack.callback(self._hand_over)
             if self.folder is not None:
                 monitor = Monitor(
-                    self.folder, self.folder.name, self.settings.steps, first_step=self._step, done=self._step
+                    self.folder, self.folder.name, self.settings.steps, first_step=self._step, done=self._done
                 )
                 self._monitor = stack.enter_context(monitor)
             stack.enter_context(self.scheduler)
@@ -176,6 +176,12 @@ class Training:
         while self._step < settings.steps and not 0 < settings.tokens <= self.tokens:
             self._step += 1
             yield self._step
+
+    @property
+    def _done(self) -> float:
+        """In steps: whichever bound comes first, that of the steps or that of the tokens, says how far it is."""
+        settings = self.settings
+        return max(self._step, settings.steps * self.tokens / settings.tokens if settings.tokens else 0)
 
     def groups(self) -> dict[str, list[Group]]:
         """This step's, by domain. Raises ValueError where the engine fails."""
@@ -236,7 +242,7 @@ class Training:
         if self.log is not None:
             self.log(self._step, self.tokens, everything)
         if self._monitor is not None:
-            self._monitor.log(self._step, self.tokens, everything, done=self._step)
+            self._monitor.log(self._step, self.tokens, everything, done=self._done)
         if self.folder is not None and self._step % self.settings.save_every == 0:
             self._save()
 
