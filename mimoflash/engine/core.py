@@ -229,7 +229,8 @@ def _send_tokens(request: Request) -> None:
     """What is settled and has not been sent; an interrupted sink gets it again."""
     start, (end, _) = request.sent, request.settled
     if start < end and request.sink is not None:
-        tokens = request.settled_tokens[start:]
+        first = request.prompt_tokens  # only what is new is copied: this runs for every token
+        tokens = request.text[first + start : first + end]
         _send(request, NewTokens(tokens, request.logprobs[start:end], request.top_logprobs[start:end], start))
     request.sent = end
 
