@@ -152,6 +152,9 @@ def serve(
     dtype: Dtype = None, speculate: Speculate = None,
     max_running: Annotated[int, typer.Option(help="Answers that the engine runs at a time.", min=1)] = 64,
     capacity: Annotated[int, typer.Option(help="Of these and those that wait; what is over it gets 429.", min=1)] = 256,
+    replicas: Annotated[
+        int, typer.Option(help="Engines of each model, on Ray; limits are for each of them.", min=1)
+    ] = 1,
     max_loaded: Annotated[int, typer.Option(help="Models in memory at a time.", min=1)] = 2,
     drain: Annotated[int, typer.Option(help="Seconds that answers have after SIGTERM.", min=0)] = 30,
     store: Annotated[
@@ -173,7 +176,9 @@ def serve(
         settings = ServerSettings(
             api_key or (), cors or (), capacity=capacity, most_loaded=max_loaded, store=store or MEMORY
         )
-        run_server(places, opener, settings, host=host, port=port, drain=drain, log_json=log_json)
+        run_server(
+            places, opener, settings, host=host, port=port, drain=drain, log_json=log_json, replicas=replicas
+        )
 
 
 @app.command()
@@ -257,6 +262,23 @@ def bench_serve(
         bench(
             shape, peer=None, dtype=dtype, streams=streams, contexts=context or [], speculate=speculate,
             tokens=tokens, pairs=pairs, served=True, json_file=json_file, say=typer.echo,
+        )
+
+
+@bench_app.command("load")
+def bench_load(
+    shape: Shape = "nano", dtype: BenchDtype = None,
+    streams: Annotated[int, typer.Option(help="Requests at a time; one in five is given up.")] = 200,
+    seconds: Annotated[float, typer.Option(help="How long.")] = 180,
+    tokens: Annotated[int, typer.Option(help="Half as many to so many new tokens a request.")] = 64,
+    json_file: Json = None,
+) -> None:
+    """Whether the server answers right under load, refuses what is over its capacity, and gives all memory back."""
+    with _user_errors():
+        from mimoflash.benchmarks.load import bench_load as bench
+
+        bench(
+            shape, dtype=dtype, streams=streams, seconds=seconds, tokens=tokens, json_file=json_file, say=typer.echo
         )
 
 

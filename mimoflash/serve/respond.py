@@ -165,5 +165,6 @@ async def side_by_side(
             else:
                 yield got
     finally:
-        for task in tasks:
-            await _ended(task)
+        for task in tasks:  # all before the wait, which may be cancelled, too
+            task.cancel()
+        await asyncio.wait(tasks)

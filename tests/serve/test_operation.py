@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import pytest
 from scripted import ScriptedEngine, served
 
 from mimoflash.checkpoint import save_model
-from mimoflash.serve import ServerSettings, named
+from mimoflash.serve import ServerSettings, named, respond, run_server
 from mimoflash.serve.observe import JsonLines
 
 USER = [{"role": "user", "content": "my secret is 4711"}]
@@ -106,6 +107,18 @@ def test_an_answer_ends_with_its_client(scripted_server, stream):
                 httpx.post(f"{url}/v1/chat/completions", json=ask, timeout=0.5)
         until(lambda: scripted_server.engine.running == 0)
     assert "mimoflash_answers_under_way 0.0" in httpx.get(f"{url}/metrics").text
+
+
+def test_a_silence_is_broken_by_pings(scripted_server, monkeypatch):
+    monkeypatch.setattr(respond, "PING_SECONDS", 0.1)
+    url = scripted_server("one two three", seconds=0.35)
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json={**CHAT, "stream": True}) as answer:
+        lines = [line for line in answer.iter_lines() if line]
+    pings = [i for i, line in enumerate(lines) if line.startswith(":")]
+    assert len(pings) >= 3
+    assert max(pings) < len(lines) - 1, "none after the end"
+    told = [json.loads(line[6:])["choices"][0]["delta"] for line in lines if line.startswith("data: {")]
+    assert "".join(delta.get("content", "") for delta in told) == "one two three"
 
 
 def test_models_are_loaded_when_they_are_asked_for_and_go_when_others_need_the_room(tokenizer):
@@ -253,3 +266,10 @@ def test_servers_that_cannot_be_are_named_before_they_start(arguments, message):
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_is_named_before_the_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=rf"in use.*{port}"):
+            run_server({"a": "a"}, lambda _: pytest.fail("it was loaded"), ServerSettings(), port=port)
