@@ -63,15 +63,17 @@ class Grammar:
 
     @classmethod
     def tools(
-        cls, tools: Sequence[Mapping[str, Any]], choice: str = "auto", prompt: str = "", *, parallel: bool = True
+        cls, tools: Sequence[Mapping[str, Any]], choice: str = "auto", prompt: str = "", *, parallel: bool = True,
+        schema: Mapping[str, Any] | None = None,
     ) -> "Grammar":
         """Tool calls as the family writes them, `tools` as in OpenAI's API.
 
         `choice`: "auto" leaves free whether and where in the text calls come, "required" wants one or more and nothing
         else, a tool's name one or more of that tool. Names, types, enums and the JSON of containers are enforced,
         required parameters come once, others at most once, in any order; a string is any text. Without `parallel` a
-        call that has to come is the only one. `prompt` says by its end, as for `ChatParser`, whether reasoning is open
-        (it must be closed), closed, or may be opened first.
+        call that has to come is the only one. With `schema`, "auto" wants either calls or JSON that fits it. `prompt`
+        says by its end, as for `ChatParser`, whether reasoning is open (it must be closed), closed, or may be opened
+        first.
         """
         functions = {tool.get("function", tool)["name"]: tool.get("function", tool) for tool in tools}
         if choice not in ("auto", "required", *functions):
@@ -81,9 +83,12 @@ class Grammar:
         chosen = [function for name, function in functions.items() if choice in ("auto", "required", name)]
         first = _after_reasoning(prompt, "thought GAP? call | opening body", "call")  # a call ends reasoning as well
         required = f"({first}) (GAP? call)* GAP?" if parallel else first
-        start = "(opening body)* text" if choice == "auto" else required
+        start, answer = "(opening body)* text" if choice == "auto" else required, ""
+        if choice == "auto" and schema is not None:
+            start = f"{required} | {_after_reasoning(prompt, 'thought GAP? answer', 'answer')}"
+            answer = f"answer: %json {json.dumps(schema)}"
         options = " | ".join(f"function_{i}" for i in range(len(chosen)))
-        rules = [f"start: {start}", f"body: NEWLINE? ({options}) NEWLINE? {_quote(END_CALL)}", _CALLS, _THOUGHT]
+        rules = [f"start: {start}", answer, f"body: NEWLINE? ({options}) NEWLINE? {_quote(END_CALL)}", _CALLS, _THOUGHT]
         for i, function in enumerate(chosen):
             try:
                 rules += _function_rules(f"function_{i}", function)

@@ -190,20 +190,20 @@ def refused(error: ValueError, param: str) -> ApiError:
 
 def _constrained(request: ChatRequest, prompt: str) -> SamplingParams:
     """With the grammar that the request asks for. Raises ApiError for one that cannot be followed."""
-    try:
-        if request.tools and request.tool_choice not in ("auto", "none"):
-            grammar = Grammar.tools(
-                request.tools, request.tool_choice, prompt, parallel=request.parallel_tool_calls
-            )
-            return replace(request.params, grammar=grammar)
-    except ValueError as error:
-        raise ApiError(400, str(error), param="tools") from None
+    grammar = None
     try:
         if request.schema is not None:
-            return replace(request.params, grammar=Grammar.json_schema(request.schema, prompt))
+            grammar = Grammar.json_schema(request.schema, prompt)
     except ValueError as error:
         raise ApiError(400, str(error), param="response_format") from None
-    return request.params
+    try:
+        if request.tools and request.tool_choice != "none" and (grammar or request.tool_choice != "auto"):
+            grammar = Grammar.tools(
+                request.tools, request.tool_choice, prompt, parallel=request.parallel_tool_calls, schema=request.schema
+            )
+    except ValueError as error:
+        raise ApiError(400, str(error), param="tools") from None
+    return replace(request.params, grammar=grammar)
 
 
 class _Reader:

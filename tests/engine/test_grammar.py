@@ -279,6 +279,23 @@ def test_text_around_calls(tokenizer, choice, prompt, text, expected):
     assert verdict(Grammar.tools(TOOLS, choice, prompt), tokenizer, text) == expected
 
 
+@pytest.mark.parametrize(("prompt", "text", "expected"), [
+    ("", '{"degrees": 3}', "whole"),
+    ("", "<think>Hm.</think>\n\n{\"degrees\": 3}", "whole"),
+    ("", "<tool_call><function=stop></function></tool_call>", "whole"),
+    ("", "<think>Hm.</think><tool_call><function=stop></function></tool_call>\n<tool_call>", "part"),
+    ("", "Three", "wrong"),
+    ("", '{"degrees": "3"', "wrong"),
+    ("", '{"degrees": 3}<tool_call>', "wrong"),
+    ("<think>", 'Hm.</think>{"degrees": 3}', "whole"),
+    ("<think></think>", '{"degrees": 3}', "whole"),
+    ("<think></think>", "<think>", "wrong"),
+])
+def test_an_answer_by_a_schema_or_calls(tokenizer, prompt, text, expected):
+    schema = {"type": "object", "properties": {"degrees": {"type": "integer"}}, "required": ["degrees"]}
+    assert verdict(Grammar.tools(TOOLS, "auto", prompt, schema=schema), tokenizer, text) == expected
+
+
 # The engine's side ------------------------------------------------------------------------------------------------
 
 
