@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 
-from mimoflash.engine import Event, NewTokens, Output, SamplingParams
+from mimoflash.engine import Event, Grammar, NewTokens, Output, SamplingParams
 from mimoflash.serve import ServerSettings, make_app
 from mimoflash.text import Tokenizer
 
@@ -19,10 +19,14 @@ Script = Callable[[str], str]
 
 class ScriptedEngine:
     """Answers by `script`, from the prompt's text to the assistant's turn, `cut` tokens at a time. What the server asks
-    of an engine, and no more."""
+    of an engine, and no more. With `obeys` it fails where a request's grammar forbids the answer, which a model would
+    not have given."""
 
-    def __init__(self, tokenizer: Tokenizer, script: Script, *, cut: int = 3, seconds: float = 0.0):
+    def __init__(
+        self, tokenizer: Tokenizer, script: Script, *, cut: int = 3, seconds: float = 0.0, obeys: bool = False
+    ):
         self.tokenizer, self.script, self.cut, self.seconds = tokenizer, script, cut, seconds
+        self.obeys = obeys
         self.asked: list[tuple[str, SamplingParams]] = []
         self.running = 0
         config = SimpleNamespace(max_position_embeddings=32_768, num_nextn_predict_layers=3)
@@ -40,6 +44,8 @@ class ScriptedEngine:
         text = self.tokenizer.decode(prompt)
         self.asked.append((text, params))
         tokens = [*self.tokenizer.encode(self.script(text)), self.tokenizer.special.im_end]
+        if self.obeys and params.grammar is not None:
+            self._check(tokens, params.grammar)
         reason = "stop"
         for n in range(1, len(tokens)):
             if any(stop in self.tokenizer.decode(tokens[:n]) for stop in params.stop):
@@ -60,6 +66,12 @@ class ScriptedEngine:
             tokens=tokens, logprobs=[-0.5] * len(tokens), sampling_logprobs=[-0.5] * len(tokens), top_logprobs=[],
             routes=None, finish_reason=reason, accept_length=2.5, prompt_tokens=len(prompt), cached_tokens=0,
         )
+
+    def _check(self, tokens: Sequence[int], grammar: Grammar) -> None:
+        state = grammar.start(self.tokenizer, self.tokenizer.vocab_size, frozenset(self.tokenizer.stop_ids))
+        for n, token in enumerate(tokens, 1):
+            assert state.mask()[token], f"the grammar forbids the end of {self.tokenizer.decode(tokens[:n])!r}"
+            state.accept(token)
 
     def stats(self) -> dict[str, Any]:
         return {"running": self.running, "cache_used_bytes": {}}

@@ -159,6 +159,7 @@ def _asked(body: ChatCompletionRequest, served: Served) -> ChatRequest:
     top = (body.top_logprobs or 0) if body.logprobs else 0
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    parallel = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)  # a name: once
     continues = bool(body.continue_final_message)
     if continues and body.messages[-1].role != "assistant":
         raise ApiError(400, "the last message is not the assistant's: there is nothing to continue", param="messages")
@@ -166,7 +167,7 @@ def _asked(body: ChatCompletionRequest, served: Served) -> ChatRequest:
         messages=[plain_message(message) for message in body.messages],
         params=sampling_params(body, body.max_completion_tokens or body.max_tokens, served, top_logprobs=top),
         tools=tools, tool_choice=_tool_choice(body, tools),
-        parallel_tool_calls=body.parallel_tool_calls is not False, schema=_schema(body), thinking=bool(thinking),
+        parallel_tool_calls=parallel, schema=_schema(body), thinking=bool(thinking),
         template=variables, continues=continues, want_logprobs=bool(body.logprobs),
     )
 

@@ -78,11 +78,12 @@ def chat_request(
     wanted = bool(body.top_logprobs) or LOGPROBS in (body.include or ())
     sampling = Sampling(temperature=body.temperature, top_p=body.top_p)
     allowed, choice = _chosen(body, offers)
+    parallel = body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool)  # a name: once
     request = ChatRequest(
         messages=chat_messages(conversation, body.instructions),
         params=sampling_params(sampling, body.max_output_tokens, served, top_logprobs=body.top_logprobs or 0),
         tools=[{"type": "function", "function": offer.function} for offer in allowed.values()], tool_choice=choice,
-        parallel_tool_calls=body.parallel_tool_calls is not False, schema=_schema(body),
+        parallel_tool_calls=parallel, schema=_schema(body),
         thinking=body.reasoning is not None and body.reasoning.effort not in (None, "none"), want_logprobs=wanted,
     )
     return _fitting(request, served) if body.truncation == "auto" else request

@@ -1,4 +1,8 @@
+import argparse
+import subprocess
+import textwrap
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +42,17 @@ def tiny_server(tiny_engine):
 def scripted_server(tokenizer):
     """Serves the model "scripted", which writes what a script says: `scripted_server(script)` gives the address, and
     has its engine as `.engine`."""
+    yield from scripted(tokenizer)
+
+
+@pytest.fixture
+def scripted_code_server():
+    """With a tokenizer that knows English and code: coding tools' instructions are long."""
+    texts = [Path(module.__file__).read_text() for module in (argparse, subprocess, textwrap)]
+    yield from scripted(train_tokenizer(texts, 3000))
+
+
+def scripted(tokenizer):
     with ExitStack() as stack:
 
         def start(script, *, settings=None, **how):

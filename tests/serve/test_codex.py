@@ -3,14 +3,10 @@
 import os
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from mimoflash.text import train_tokenizer
-
 CODEX = os.environ.get("MIMOFLASH_CODEX") or shutil.which("codex")
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 model = "scripted"
 model_provider = "here"
@@ -32,16 +28,9 @@ def script(prompt: str) -> str:
     return "It is written." if "<tool_response>" in prompt else f"<think>A file, then.</think>Let me write it.{CALL}"
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    """One for which codex's instructions are short enough."""
-    texts = [path.read_text() for path in sorted((ROOT / "mimoflash" / "serve").glob("*.py"))]
-    return train_tokenizer(texts, 3000)
-
-
 @pytest.mark.skipif(not CODEX, reason="no codex: see above")
-def test_codex_runs_a_command_and_reads_what_came_of_it(scripted_server, tmp_path):
-    url = scripted_server(script)
+def test_codex_runs_a_command_and_reads_what_came_of_it(scripted_code_server, tmp_path):
+    url = scripted_code_server(script)
     home, work = tmp_path / "home", tmp_path / "work"
     home.mkdir()
     work.mkdir()
@@ -55,7 +44,7 @@ def test_codex_runs_a_command_and_reads_what_came_of_it(scripted_server, tmp_pat
     assert ran.stdout.strip() == "It is written."
     assert "A file, then." in ran.stderr  # its user sees the reasoning
     assert (work / "greeting.txt").read_text() == "hello\n"
-    first, second = (prompt for prompt, _ in scripted_server.engine.asked)
+    first, second = (prompt for prompt, _ in scripted_code_server.engine.asked)
     assert "<name>multi_agent_v1.spawn_agent</name>" in first
     assert f"<think>A file, then.</think>Let me write it.{CALL}<|im_end|>" in second
     assert "Process exited with code 0" in second

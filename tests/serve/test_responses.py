@@ -230,7 +230,9 @@ def test_only_allowed_tools_are_shown(scripted_server):
 
 
 def test_without_parallel_calls_nothing_follows_the_first(scripted_server):
-    assert len(post(scripted_server(CALL + CALL), tools=[WEATHER], parallel_tool_calls=False).json()["output"]) == 1
+    url = scripted_server(CALL + CALL)
+    for asked in ({"parallel_tool_calls": False}, {"tool_choice": {"type": "function", "name": "get_weather"}}):
+        assert len(post(url, tools=[WEATHER], **asked).json()["output"]) == 1
 
 
 @pytest.mark.parametrize("text", ["one two three four", f"<think>one two three four</think>Five.{CALL}"])
