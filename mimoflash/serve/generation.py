@@ -15,7 +15,7 @@ from mimoflash.serve.stops import StopTrimmer
 from mimoflash.text import ChatParser, StreamDecoder, Tokenizer, render_chat
 from mimoflash.text.parser import END_THINK, THINK
 
-FLUSH_SECONDS = 0.04  # what comes within is sent together: a reader sees no difference, the machine does
+FLUSH_SECONDS = 0.05  # what comes within is sent together: no reader minds, and a small model is a third faster
 _LONG_TEXT = 20_000  # characters
 
 Reason = Literal["stop", "length", "tool_calls"]
