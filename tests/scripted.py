@@ -62,9 +62,13 @@ class ScriptedEngine:
                 await asyncio.sleep(self.seconds)
         finally:
             self.running -= 1
+        scores = None
+        if (asked := params.prompt_logprobs) is not None:
+            scores = [None, *((-0.5, ((token, -0.5),) * asked) for token in prompt[1:])]
         yield Output(
             tokens=tokens, logprobs=[-0.5] * len(tokens), sampling_logprobs=[-0.5] * len(tokens), top_logprobs=[],
             routes=None, finish_reason=reason, accept_length=2.5, prompt_tokens=len(prompt), cached_tokens=0,
+            prompt_logprobs=scores,
         )
 
     def _check(self, tokens: Sequence[int], grammar: Grammar) -> None:

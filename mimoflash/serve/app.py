@@ -77,7 +77,6 @@ def make_app(
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
     # the last one added sees a request first
     app.add_middleware(BodyLimit, most=settings.body_bytes)
     if settings.api_keys:
@@ -170,8 +169,3 @@ def _http_error(http: Request, error: Exception) -> Response:
     response = error_response(http.url.path, ApiError(error.status_code, reason))
     response.headers.update(error.headers or {})
     return response
-
-
-def _unexpected(http: Request, error: Exception) -> Response:
-    failed(error)
-    return error_response(http.url.path, ApiError(500, "the server failed: see its log"))

@@ -11,9 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mimoflash.serve.errors import ApiError, error_response
-from mimoflash.serve.observe import Facts, Metrics, facts, log
+from mimoflash.serve.observe import Facts, Metrics, facts, failed, log
 
 _OPEN_PATHS = ("/health", "/")  # need no key
+_GONE = 499  # the client was, before it had a status
 
 
 class BodyLimit:
@@ -63,7 +64,8 @@ def _is_open(path: str) -> bool:
 
 
 class Witness:
-    """Gives each request an id and a line of log when it is over, and counts it."""
+    """Gives each request an id and a line of log when it is over, and counts it. What nobody has caught is logged, and
+    answered with a 500 where nothing has been sent."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self._app, self._metrics = app, metrics
@@ -74,7 +76,7 @@ class Witness:
         given = Headers(scope=scope).get("x-request-id", "")
         here = Facts(given if given.isascii() and given.isprintable() and 0 < len(given) <= 128 else _new_id())
         token = facts.set(here)
-        status = 499  # the client was gone before it had one
+        status = _GONE
 
         async def told(message: Message) -> None:
             nonlocal status
@@ -86,6 +88,11 @@ class Witness:
 
         try:
             await self._app(scope, receive, told)
+        except Exception as error:
+            failed(error)
+            if status != _GONE:
+                raise  # the connection breaks off: what has been sent is not all
+            await error_response(scope["path"], ApiError(500, "the server failed: see its log"))(scope, receive, told)
         finally:
             facts.reset(token)
             route = scope.get("route")

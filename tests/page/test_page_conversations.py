@@ -69,7 +69,7 @@ def test_deltas_build_a_message_however_they_are_cut(chat):
     message = in_module(chat, "conversation", """
         const message = {content: ""};
         for (const delta of [
-          {role: "assistant", content: ""}, {reasoning_content: "th"}, {reasoning_content: "ink"}, {content: "a"}, {content: "b"},
+          {role: "assistant", content: ""}, {reasoning_content: "th"}, {reasoning: "ink"}, {content: "a"}, {content: "b"},
           {tool_calls: [{index: 1, id: "y", function: {name: "g", arguments: ""}}, {index: 0, id: "x", function: {name: "f", arguments: "{"}}]},
           {tool_calls: [{index: 0, function: {arguments: "}"}}]}, {tool_calls: [{index: 1, function: {arguments: "[]"}}]},
         ]) m.takeDelta(message, delta);

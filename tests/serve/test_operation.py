@@ -109,6 +109,18 @@ def test_an_answer_ends_with_its_client(scripted_server, stream):
     assert "mimoflash_answers_under_way 0.0" in httpx.get(f"{url}/metrics").text
 
 
+def test_a_failure_is_told_and_logged_with_the_requests_id(scripted_server, caplog):
+    url = scripted_server("Yes.")
+    scripted_server.engine.events = lambda *_, **__: 1 // 0
+    answer = post(url, headers={"x-request-id": "mine"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine")
+    assert answer.json()["error"]["message"] == "the server failed: see its log"
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.getMessage() == "request mine failed"
+    assert "ZeroDivisionError" in JsonLines().format(record)
+    assert 'mimoflash_requests_total{path="/v1/chat/completions",status="500"} 1.0' in httpx.get(f"{url}/metrics").text
+
+
 def test_a_silence_is_broken_by_pings(scripted_server, monkeypatch):
     monkeypatch.setattr(respond, "PING_SECONDS", 0.1)
     url = scripted_server("one two three", seconds=0.35)

@@ -102,9 +102,13 @@ function assistantTurn(message) {
   return turn;
 }
 
+/** A delta's reasoning, under whichever of its two names: vLLM has the short one. */
+export const thoughtIn = (delta) => delta.reasoning_content ?? delta.reasoning;
+
 /** Takes one streamed delta into a message. Tool calls come in pieces that carry an index. */
 export function takeDelta(message, delta) {
-  if (delta.reasoning_content) message.reasoning = (message.reasoning ?? "") + delta.reasoning_content;
+  const thought = thoughtIn(delta);
+  if (thought) message.reasoning = (message.reasoning ?? "") + thought;
   if (delta.content) message.content += delta.content;
   for (const piece of delta.tool_calls ?? []) {
     message.toolCalls ??= [];

@@ -1,7 +1,7 @@
 /** An answer from its request to its end: streaming, thinking time, tools of the browser, stop, continue. */
 
 import { ApiError, streamChat } from "./api.js";
-import { add, openCalls, path, takeDelta, toRequest } from "./conversation.js";
+import { add, openCalls, path, takeDelta, thoughtIn, toRequest } from "./conversation.js";
 import { definitions, runTool } from "./tools.js";
 
 const MAX_ROUNDS = 8; // of tool calls that the browser answers by itself
@@ -133,7 +133,7 @@ export class Turns {
   }
 
   #take(run, delta, now) {
-    if (delta.reasoning_content) run.thinkingSince ??= now;
+    if (thoughtIn(delta)) run.thinkingSince ??= now;
     if (delta.content || delta.tool_calls) this.#endThinking(run, now);
     takeDelta(run.message, delta);
   }
