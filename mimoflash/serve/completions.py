@@ -1,5 +1,6 @@
 """OpenAI's text completions: what follows a prompt, without a chat template; and log-probabilities of prompts."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -22,6 +23,7 @@ from mimoflash.serve.stops import StopTrimmer
 from mimoflash.text import StreamDecoder, Tokenizer
 
 DEFAULT_TOKENS = 16  # as with OpenAI
+MOST_LIKELIEST = 1000  # tokens, at each place of a prompt
 _FILL = (("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"), ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
 
 router = APIRouter()
@@ -39,7 +41,7 @@ class CompletionRequest(Sampling):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -135,10 +137,12 @@ async def _whole(body: CompletionRequest, head: Mapping[str, Any], served: Serve
                 outputs[index] = event
     ends = [_end(output, begin, first[index]) for index, output in outputs.items()]
     prompts = [prompt for prompt in _prompts(body) for _ in range(body.n or 1)]
-    choices = [
-        _choice(index, outputs[index], prompt, body, served.tokenizer) for index, prompt in enumerate(prompts)
-    ]
-    return {**head, "choices": choices, **totals(ends, body.n or 1)}
+
+    def choices() -> list[dict[str, Any]]:
+        return [_choice(index, outputs[index], prompt, body, served.tokenizer) for index, prompt in enumerate(prompts)]
+
+    told = await asyncio.to_thread(choices)  # a long prompt's log-probabilities do not hold up the others
+    return {**head, "choices": told, **totals(ends, body.n or 1)}
 
 
 def _end(output: Output, begin: float, first: float) -> Finished:

@@ -67,6 +67,12 @@ def test_prompt_logprobs_are_those_of_the_model(tiny_server, tiny_engine, tokeni
         assert [token for _, token in ranked] == best.indices.tolist()
 
 
+def test_more_of_a_place_than_a_list_can_hold_is_refused(tiny_server):
+    ask = {"model": "tiny", "prompt": "What", "prompt_logprobs": 1001}
+    answer = httpx.post(f"{tiny_server}/v1/completions", json=ask)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt_logprobs")
+
+
 def test_echo_scores_a_text_without_adding_to_it(tiny_server, tiny_engine, tokenizer):
     """As evaluation harnesses ask."""
     text = "What is the weather"
