@@ -36,7 +36,7 @@ def bench_load(
     for name, value in (("streams", streams), ("seconds", seconds), ("tokens", tokens)):
         if value < 1:
             raise ValueError(f"--{name} is {value}: it must be at least 1")
-    dtype, capacity = dtype or default_dtype(shape), streams + streams // 4
+    dtype, capacity = dtype or default_dtype(shape), streams + max(streams // 4, 16)  # a few that are given up, too
     with scratch_folder() as scratch:
         subject = open_subject(shape, scratch, context=CONTEXT, tokens=tokens)
         model = open_model(subject.source, dtype="bf16" if dtype == "bf16" else "float32")
