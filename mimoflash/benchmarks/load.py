@@ -17,7 +17,6 @@ from mimoflash.benchmarks.serving import events_in, post_completion, server_of
 from mimoflash.benchmarks.subject import CONTEXT, SEED, open_subject
 from mimoflash.engine import Engine, SamplingParams
 from mimoflash.models import open_model
-from mimoflash.text import load_tokenizer
 
 QUESTIONS = 64  # that differ; the streams ask them again and again
 RUNNING = 64  # at a time, as in `mimoflash serve`: the others wait
@@ -29,19 +28,19 @@ def bench_load(
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """For `seconds` so many streams at once: every answer is compared with the engine's own. Then twice the capacity at
-    a time: what is over it has to be refused. The server's capacity is a quarter more than the streams.
+    a time: what is over it has to be refused. The server's capacity is a quarter more than the streams, 16 at least.
 
     Raises ValueError where an answer was wrong, one within the capacity refused, or memory of the cache not given back.
     """
     for name, value in (("streams", streams), ("seconds", seconds), ("tokens", tokens)):
         if value < 1:
             raise ValueError(f"--{name} is {value}: it must be at least 1")
-    dtype, capacity = dtype or default_dtype(shape), streams + max(streams // 4, 16)  # a few that are given up, too
+    dtype = dtype or default_dtype(shape)
+    capacity = streams + max(streams // 4, 16)  # those given up may not be let go of yet
     with scratch_folder() as scratch:
         subject = open_subject(shape, scratch, context=CONTEXT, tokens=tokens)
         model = open_model(subject.source, dtype="bf16" if dtype == "bf16" else "float32")
-        tokenizer = None if subject.tokenizer is None else load_tokenizer(subject.source)
-        engine = Engine(model, tokenizer, dtype=dtype, max_running=RUNNING, share_prefixes=True)
+        engine = Engine(model, subject.tokenizer, dtype=dtype, max_running=RUNNING, share_prefixes=True)
         steps: list[float] = []
         with server_of(engine, capacity) as port, Side("mimoflash.benchmarks.load", side="client") as client:
             questions = _questions(subject.config.vocab_size, tokens)
@@ -95,7 +94,8 @@ def _answers(engine: Engine, questions: list[dict[str, Any]]) -> list[str]:
             ignore_stop_tokens=True,
         )
         (output,) = engine.generate([question["prompt"]], params)
-        found.append(engine.tokenizer.decode([t for t in output.tokens if t not in engine.tokenizer.stop_ids]))
+        tokens = [token for token in output.tokens if token not in engine.tokenizer.stop_ids]
+        found.append(engine.tokenizer.decode(tokens, skip_special=True))
     return found
 
 
@@ -162,7 +162,7 @@ async def _ask(port: int, question: dict[str, Any], answer: str, most_parts: int
     async with aclosing(post_completion(port, {**question, "stream": True})) as coming:
         async for part in coming:
             parts.append(part)
-            if len(parts) == most_parts:
+            if len(parts) == most_parts and not parts[0].startswith(b"HTTP/1.1 429"):
                 return {"given up": 1}
     head = parts[0] if parts else b""
     if head.startswith(b"HTTP/1.1 429") and b"retry-after:" in head.lower():

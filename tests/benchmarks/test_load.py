@@ -34,7 +34,7 @@ def test_a_load_is_answered_right_and_what_is_over_the_capacity_refused(run, tmp
 
 def test_a_wrong_answer_is_found(run, monkeypatch):
     answers = load._answers
-    monkeypatch.setattr(load, "_answers", lambda *of: ["another", *answers(*of)[1:]])
+    monkeypatch.setattr(load, "_answers", lambda *of: [f"{answer}?" for answer in answers(*of)])
     with pytest.raises(ValueError, match="answers were not the engine's own"):
         run(seconds=2)
 

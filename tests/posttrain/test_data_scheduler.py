@@ -136,7 +136,7 @@ def test_an_attempt_under_new_weights_is_not_of_several_versions():
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_what_a_player_raises_reaches_the_training_loop(staleness):
     def fails(task):
-        if player.version == 2:
+        if player.version >= 2:  # a slow machine may begin nothing at the very second
             raise RuntimeError("out of memory")
 
     player = FakePlayer(fails=fails)
