@@ -35,17 +35,21 @@ class Delivery:
                 self._is_called = False
                 raise
 
-    def _deliver(self) -> None:
-        loop = self._loop()
-        assert loop is not None, "it is what runs this"
-        if self._gather:
-            if loop.time() < self._due - self._gather / 2:
-                return  # called twice; the other call is on its way
-            self._due = loop.time() + self._gather if self._sent else 0.0
-        if self._due:
-            loop.call_at(self._due, self._deliver)
-        else:
-            self._is_called = False  # before the queue is emptied: what comes from now on calls again
+    def _deliver(self, due: float = 0.0) -> None:
+        """`due`: when this was to be, where a moment has passed."""
+        try:
+            if due and due != self._due:
+                return  # an interrupt had this called twice, and the other call counts
+            loop = self._loop()
+            assert loop is not None, "it is what runs this"
+            self._due = loop.time() + self._gather if self._gather and self._sent else 0.0
+            if self._due:
+                loop.call_at(self._due, self._deliver, self._due)
+            else:
+                self._is_called = False  # before the queue is emptied: what comes from now on calls again
+        except BaseException:  # an interrupt: the next event calls again
+            self._due, self._is_called = 0.0, False
+            raise
         while self._sent:
             queue, event = self._sent.popleft()
             queue.put_nowait(event)

@@ -233,15 +233,15 @@ class Clock:
     def call_soon_threadsafe(self, call):
         self.call_at(self.now, call)
 
-    def call_at(self, when, call):
-        self.calls.append((when, call))
+    def call_at(self, when, call, *arguments):
+        self.calls.append((when, call, arguments))
 
     def go_to(self, time):
         while due := [each for each in self.calls if each[0] <= time]:
             first = min(due, key=lambda each: each[0])
             self.calls.remove(first)
             self.now = max(self.now, first[0])
-            first[1]()
+            first[1](*first[2])
         self.now = time
 
 
@@ -276,6 +276,23 @@ def test_a_call_too_many_begins_no_second_row_of_moments():
     assert len(sizes) <= 12, "ten moments in 20 s"
     clock.go_to(30)
     assert (queue.qsize(), clock.calls) == (41, [])
+
+
+def test_an_interrupt_between_two_moments_silences_nobody():
+    clock, queue = Clock(), asyncio.Queue()
+    delivery, event, at = Delivery(clock, gather=2.0), NewTokens([1], [0.0], []), clock.call_at
+
+    def interrupted(when, call, *arguments):
+        clock.call_at = at
+        raise KeyboardInterrupt
+
+    delivery.send(queue, event)
+    clock.call_at = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        clock.go_to(0)
+    delivery.send(queue, event)
+    clock.go_to(1)
+    assert queue.qsize() == 2
 
 
 @pytest.mark.parametrize("gather", [0.0, 0.05])
