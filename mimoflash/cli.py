@@ -153,7 +153,7 @@ def serve(
     max_running: Annotated[int, typer.Option(help="Answers that the engine runs at a time.", min=1)] = 64,
     capacity: Annotated[int, typer.Option(help="Of these and those that wait; what is over it gets 429.", min=1)] = 256,
     replicas: Annotated[
-        int, typer.Option(help="Engines of each model, on Ray; limits are for each of them.", min=1)
+        int, typer.Option(help="Engines of each model, on Ray; --max-running and --capacity are each one's.", min=1)
     ] = 1,
     max_loaded: Annotated[int, typer.Option(help="Models in memory at a time.", min=1)] = 2,
     drain: Annotated[int, typer.Option(help="Seconds that answers have after SIGTERM.", min=0)] = 30,
@@ -267,9 +267,12 @@ def bench_serve(
 
 @bench_app.command("load")
 def bench_load(
-    shape: Shape = "nano", dtype: BenchDtype = None,
+    shape: Shape = "nano",
+    dtype: Annotated[
+        Literal["float32", "bf16", "int8", "int4"] | None, typer.Option(help="If not given, float32, int4 for smol.")
+    ] = None,
     streams: Annotated[int, typer.Option(help="Requests at a time; one in five is given up.")] = 200,
-    seconds: Annotated[float, typer.Option(help="How long.")] = 180,
+    seconds: Annotated[float, typer.Option(help="How long; then twice the capacity comes at once.")] = 180,
     tokens: Annotated[int, typer.Option(help="Half as many to so many new tokens a request.")] = 64,
     json_file: Json = None,
 ) -> None:

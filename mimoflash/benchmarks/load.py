@@ -1,6 +1,7 @@
 """The server under load: many streams at once, of which some are given up, then twice as many as it takes in."""
 
 import asyncio
+import json
 import random
 import time
 from collections import Counter
@@ -167,7 +168,8 @@ async def _ask(port: int, question: dict[str, Any], answer: str, most_parts: int
     head = parts[0] if parts else b""
     if head.startswith(b"HTTP/1.1 429") and b"retry-after:" in head.lower():
         return {"refused": 1}
-    text = "".join(event["choices"][0]["text"] for event in events_in(parts) if event.get("choices"))
+    events = map(json.loads, events_in(parts))
+    text = "".join(event["choices"][0]["text"] for event in events if event.get("choices"))
     return {"right" if text == answer else "wrong": 1, "tokens": question["max_tokens"]}
 
 

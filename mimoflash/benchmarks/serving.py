@@ -23,6 +23,16 @@ NAME = "model"
 @contextmanager
 def server_of(engine: Engine, capacity: int) -> Iterator[int]:
     """The port where a thread of this process serves the engine, under NAME."""
+    server, thread = start_server(engine, capacity)
+    try:
+        yield port_of(server)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def start_server(engine: Engine, capacity: int) -> tuple[uvicorn.Server, threading.Thread]:
+    """In a thread that ends with the process, if not before."""
     if engine.tokenizer is None:
         engine.tokenizer = engine.core.tokenizer = _numbered_words(engine.model.config.vocab_size)
     app = make_app({NAME: NAME}, lambda _: engine, ServerSettings(capacity=capacity))
@@ -31,11 +41,11 @@ def server_of(engine: Engine, capacity: int) -> Iterator[int]:
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    try:
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
+    return server, thread
+
+
+def port_of(server: uvicorn.Server) -> int:
+    return server.servers[0].sockets[0].getsockname()[1]
 
 
 def _numbered_words(size: int) -> Tokenizer:
@@ -59,10 +69,10 @@ async def post_completion(port: int, asked: Mapping[str, Any]) -> AsyncGenerator
         writer.close()
 
 
-def events_in(parts: list[bytes]) -> list[dict[str, Any]]:
-    """Those of a whole answer. A chunk of the transfer coding holds whole lines."""
+def events_in(parts: list[bytes]) -> list[bytes]:
+    """Those of a whole answer, as JSON. A chunk of the transfer coding holds whole lines."""
     lines = b"".join(parts).splitlines()
-    return [json.loads(line.removeprefix(b"data:")) for line in lines if line.startswith(b"data: {")]
+    return [line.removeprefix(b"data:") for line in lines if line.startswith(b"data: {")]
 
 
 class Served(Ours):
@@ -70,8 +80,8 @@ class Served(Ours):
 
     def __init__(self, s: dict[str, Any]):
         super().__init__(s)
-        self.opened = server_of(self.engine, s["streams"])
-        self.port = self.opened.__enter__()  # until the process ends
+        server, _ = start_server(self.engine, s["streams"])
+        self.port = port_of(server)
         self.client = Side("mimoflash.benchmarks.serving", side="client")
 
     def run(self, prompts: list[list[int]], tokens: int) -> list[Stream]:
@@ -91,10 +101,11 @@ async def _stream(port: int, prompt: list[int], tokens: int, endless: bool, begi
             first = first or (last if b"data:" in part else 0.0)
             parts.append(part)
     end = events_in(parts)[-1:]
-    if not end or "usage" not in end[0]:
+    if not end or b'"usage"' not in end[0]:
         raise ValueError(f"the server broke off the answer to a prompt of {len(prompt)} tokens")
-    count = end[0]["usage"]["completion_tokens"]
-    passes = (count - 1) / end[0]["timings"]["accept_length"]
+    known = json.loads(end[0])
+    count = known["usage"]["completion_tokens"]
+    passes = (count - 1) / known["timings"]["accept_length"]
     return {"prompt": len(prompt), "tokens": count, "first": first, "last": last, "passes": passes}
 
 

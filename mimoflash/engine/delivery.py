@@ -4,12 +4,13 @@ import asyncio
 import weakref
 from collections import deque
 
-from mimoflash.engine.request import Event
+from mimoflash.engine.request import Event, Output
 
 
 class Delivery:
     """One event loop's: what several requests get in a step wakes the loop once. With `gather` it is woken once in so
-    many seconds, for all of them; the first event after a silence does not wait."""
+    many seconds, for all of them; what comes after a silence does not wait, nor a request's first tokens and its end.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, gather: float = 0.0):
         self._loop = weakref.ref(loop)  # not to keep it alive: the engine has a Delivery as long as there is the loop
@@ -25,7 +26,8 @@ class Delivery:
             self._sent.clear()
             return
         self._sent.append((queue, event))
-        if not self._is_called:
+        is_urgent = isinstance(event, Output) or event.start == 0
+        if not self._is_called or (is_urgent and self._due):
             try:
                 self._is_called = True
                 loop.call_soon_threadsafe(self._deliver)
@@ -39,7 +41,9 @@ class Delivery:
         """`due`: when this was to be, where a moment has passed."""
         try:
             if due and due != self._due:
-                return  # an interrupt had this called twice, and the other call counts
+                return  # since then it was called for something urgent: another moment has begun
+            if not due and self._due and not self._sent:
+                return  # several were urgent, and the first call has had them all
             loop = self._loop()
             assert loop is not None, "it is what runs this"
             self._due = loop.time() + self._gather if self._gather and self._sent else 0.0

@@ -58,7 +58,7 @@ class Engine:
         self._inbox: deque[Request] = deque()  # submitted or cancelled; taken in by whoever's turn it is
         self._turns = Turns()  # at all but the inbox
         self._driver = Driver(self.step, self._fail, lambda: not self._inbox and not self.core.scheduler.requests)
-        # by `gather`, too
+        # each loop's, by `gather`
         self._deliveries: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[float, Delivery]] = WeakKeyDictionary()
         self._is_closed = False
 
@@ -112,8 +112,8 @@ class Engine:
     ) -> AsyncGenerator[Event, None]:
         """NewTokens as they come, then the Output. Closing the iterator (`aclose`) cancels the request. With `gather`
         the loop is woken once in so many seconds, for all requests that ask for the same: what one of them gets in the
-        meantime comes in one. Other arguments as in `submit`. The passes run in a thread of their own, as long as there
-        are requests."""
+        meantime comes in one; its first tokens and the Output do not wait. Other arguments as in `submit`. The passes
+        run in a thread of their own, as long as there are requests."""
         count = 0
         with self._listening(prompt, params, priority, deadline, (NewTokens, Output), gather) as queue:
             while True:

@@ -42,8 +42,8 @@ class Grammar:
         """JSON that fits the schema. `prompt`: that of a chat: reasoning may come before (see `tools`)."""
         try:
             schema = json.loads(schema) if isinstance(schema, str) else schema
-            start = "answer" if prompt is None else _after_reasoning(prompt, "thought GAP? answer", "answer")
-            rules = [f"start: {start}", _THOUGHT, f"answer: %json {json.dumps(schema)}"]
+            start = "answer" if prompt is None else _answer_after_reasoning(prompt)
+            rules = [f"start: {start}", _THOUGHT, _answer_rule(schema)]
             return cls(_checked("\n".join(rules)))
         except (TypeError, ValueError) as error:
             reason = str(error).split("compile JSON schema: ")[-1].split("\n")[0]
@@ -83,18 +83,22 @@ class Grammar:
         chosen = [function for name, function in functions.items() if choice in ("auto", "required", name)]
         first = _after_reasoning(prompt, "thought GAP? call | opening body", "call")  # a call ends reasoning as well
         required = f"({first}) (GAP? call)* GAP?" if parallel else first
-        start, answer = "(opening body)* text" if choice == "auto" else required, ""
-        if choice == "auto" and schema is not None:
-            start = f"{required} | {_after_reasoning(prompt, 'thought GAP? answer', 'answer')}"
-            answer = f"answer: %json {json.dumps(schema)}"
+        if choice != "auto":
+            start = required
+        elif schema is None:
+            start = "(opening body)* text"
+        else:
+            start = f"{required} | {_answer_after_reasoning(prompt)}"
         options = " | ".join(f"function_{i}" for i in range(len(chosen)))
-        rules = [f"start: {start}", answer, f"body: NEWLINE? ({options}) NEWLINE? {_quote(END_CALL)}", _CALLS, _THOUGHT]
+        rules = [f"start: {start}", f"body: NEWLINE? ({options}) NEWLINE? {_quote(END_CALL)}", _CALLS, _THOUGHT]
         for i, function in enumerate(chosen):
             try:
                 rules += _function_rules(f"function_{i}", function)
             except (TypeError, AttributeError, KeyError, RecursionError) as error:
                 reason = "it contains itself" if isinstance(error, RecursionError) else "it is no JSON schema"
                 raise ValueError(f"the parameters of {function['name']} cannot be enforced: {reason}") from error
+        if schema is not None:
+            rules.append(_answer_rule(schema))
         return cls(_checked("\n".join(rules)))
 
     def start(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int]) -> "GrammarState":
@@ -216,6 +220,14 @@ def _after_reasoning(prompt: str, thought: str, answer: str) -> str:
     end = prompt.rstrip()
     maybe = f'"{THINK}" ({thought}) | {answer}'
     return thought if end.endswith(THINK) else answer if end.endswith(END_THINK) else maybe
+
+
+def _answer_after_reasoning(prompt: str) -> str:
+    return _after_reasoning(prompt, "thought GAP? answer", "answer")
+
+
+def _answer_rule(schema: Any) -> str:
+    return f"answer: %json {json.dumps(schema)}"
 
 
 def _function_rules(rule: str, function: Mapping[str, Any]) -> Iterator[str]:

@@ -81,12 +81,12 @@ def make_app(
     app.add_middleware(BodyLimit, most=settings.body_bytes)
     if settings.api_keys:
         app.add_middleware(Doorkeeper, keys=settings.api_keys)
-    if settings.origins:
+    app.add_middleware(Witness, metrics=app.state.metrics)
+    if settings.origins:  # outside of all: a site's page may read every error
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"], expose_headers=["x-request-id", "request-id", "retry-after"],
         )
-    app.add_middleware(Witness, metrics=app.state.metrics)
     return app
 
 

@@ -109,9 +109,12 @@ async def _to_the_end(
 
 
 async def _ended(task: "asyncio.Future[Any]") -> None:
+    """Whatever it ends with: who wants to know has asked for it."""
     if not task.done():
         task.cancel()
         await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # else asyncio says that nobody has asked
 
 
 async def _unless_gone(receive: Receive, answer: Coroutine[Any, Any, Item]) -> Item:

@@ -47,11 +47,16 @@ def run_server(
 
 def _check_free(host: str, port: int) -> None:
     """Raises OSError where nothing can listen."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    socket.create_server(address[:2], family=family).close()
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn does
+            probe.bind(address)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; give another --host or --port") from None
 
 
-_LEVELS = {
+_LEVELS = {  # Ray tells much of what it does
     "mimoflash": logging.INFO, "uvicorn.error": logging.INFO, "ray": logging.ERROR, "ray.serve": logging.WARNING,
 }
 

@@ -60,15 +60,15 @@ def test_what_comes_within_a_moment_comes_in_one(model):
         async for event in engine.events([1, 2, 3], params(4), gather=30.0):
             counts[0] += isinstance(event, NewTokens)
             break  # the first does not wait
-        output = await collect(engine, [1, 2, 3], params(4), gather=0.2)
+        output = await collect(engine, [1, 2, 3], params(4), gather=30.0)  # neither does the end
         assert output.tokens == want.tokens
-        events = [event async for event in engine.events([1, 2, 3], params(4), gather=0.2)]
+        events = [event async for event in engine.events([1, 2, 3], params(4), gather=30.0)]
         counts.append(len(events))
 
-    asyncio.run(counted())
+    asyncio.run(asyncio.wait_for(counted(), 25))
     engine.close()
     assert counts[0] == 1
-    assert counts[1] <= 4  # twenty tokens take less than two moments
+    assert counts[1] <= 3  # the first tokens, the others, the Output
 
 
 def test_the_loop_goes_on_while_a_pass_runs(model):
@@ -247,7 +247,7 @@ class Clock:
 
 def test_a_moment_is_the_same_for_all_who_gather():
     clock, one, other = Clock(), asyncio.Queue(), asyncio.Queue()
-    delivery, event = Delivery(clock, gather=2.0), NewTokens([1], [0.0], [])
+    delivery, event = Delivery(clock, gather=2.0), NewTokens([1], [0.0], [], 1)
 
     def sent(time):
         """To both; what they have then."""
@@ -263,12 +263,34 @@ def test_a_moment_is_the_same_for_all_who_gather():
     assert sent(20) == (7, 7), "after a silence the first does not wait"
 
 
+def test_first_tokens_and_ends_do_not_wait_for_the_moment():
+    clock, queue = Clock(), asyncio.Queue()
+    delivery, more = Delivery(clock, gather=2.0), NewTokens([1], [0.0], [], 1)
+    end = Output([], [], [], [], torch.empty(0), "stop", 1.0, 1, 0)
+
+    def sent(time, *events):
+        clock.go_to(time)
+        for event in events:
+            delivery.send(queue, event)
+        clock.go_to(time)
+        return queue.qsize()
+
+    assert sent(0, more) == 1
+    assert sent(0.5, more) == 1
+    assert sent(1, NewTokens([1], [0.0], []), more, NewTokens([2], [0.0], [])) == 5  # with what waited
+    assert sent(2.5, more) == 5, "another moment has begun"
+    assert sent(2.75, end) == 7
+    assert sent(3, more) == 7
+    clock.go_to(20)
+    assert (queue.qsize(), clock.calls) == (8, [])
+
+
 def test_a_call_too_many_begins_no_second_row_of_moments():
     clock, queue, sizes = Clock(), asyncio.Queue(), set()
     delivery = Delivery(clock, gather=2.0)
     for i in range(41):
         clock.go_to(i / 2)
-        delivery.send(queue, NewTokens([1], [0.0], []))
+        delivery.send(queue, NewTokens([1], [0.0], [], 1))
         if i in (1, 3):
             clock.call_soon_threadsafe(delivery._deliver)  # as an interrupt may leave it
             clock.go_to(i / 2)
@@ -280,7 +302,7 @@ def test_a_call_too_many_begins_no_second_row_of_moments():
 
 def test_an_interrupt_between_two_moments_silences_nobody():
     clock, queue = Clock(), asyncio.Queue()
-    delivery, event, at = Delivery(clock, gather=2.0), NewTokens([1], [0.0], []), clock.call_at
+    delivery, event, at = Delivery(clock, gather=2.0), NewTokens([1], [0.0], [], 1), clock.call_at
 
     def interrupted(when, call, *arguments):
         clock.call_at = at
